@@ -1,0 +1,305 @@
+"""Sentence vectors, k-means, and what the labels mean (DESIGN step 2). Nobody labels anything by hand.
+
+A sentence's vector depends on its own tokens alone, so that a label is a function of its sentence. Two
+kinds, both from the stage-1 GPT, which stays fixed afterwards (the measured comparison is in the README):
+- `sif`: its token embeddings, averaged with weights a / (a + p(token)), which tone down frequent tokens
+  (Arora, Liang and Ma, "A Simple but Tough-to-Beat Baseline for Sentence Embeddings", ICLR 2017);
+- `hidden`: the mean of its final hidden states over the sentence, read alone.
+Of either, the mean and the first principal component are removed, and the length is made 1.
+NOTE(paper): the paper takes its vectors from a pretrained sentence encoder.
+"""
+import math
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import Corpus
+
+SIF_A = 1e-3
+CHUNK = 4096                                         # sentences embedded at a time
+MINI_BATCH_ABOVE = 1 << 18                           # k-means: vectors
+
+
+# --- vectors ----------------------------------------------------------------------------------------------
+
+class Labeler(nn.Module):
+    """Embeds sentences and names their labels. Holds all that it needs, so it outlives the stage-1 GPT.
+
+    table (V, E): `sif`'s weighted token embeddings, or None where `gpt` gives hidden states
+    mean, component (E,): removed from each vector; centroids (K, E)
+    """
+
+    def __init__(self, table: torch.Tensor | None, gpt: nn.Module | None, mean: torch.Tensor,
+                 component: torch.Tensor, centroids: torch.Tensor | None = None):
+        super().__init__()
+        self.gpt = gpt
+        for name, value in (("table", table), ("mean", mean), ("component", component),
+                            ("centroids", centroids)):
+            self.register_buffer(name, value)
+
+    def raw(self, tokens: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """tokens (n,), offsets (s,) where each sentence starts in them -> (s, E), before normalisation."""
+        if self.table is not None:
+            return F.embedding_bag(tokens, self.table, offsets, mode="mean")
+        ends = torch.cat([offsets[1:], offsets.new_tensor([len(tokens)])])
+        sizes = (ends - offsets).clamp(max=self.gpt.block_size)     # a longer sentence gives its beginning
+        order, found = sizes.argsort(), []
+        for rows in order.split(256):                # of similar length, so that little is padding
+            at = torch.arange(int(sizes[rows].max()), device=tokens.device)
+            inside = at < sizes[rows, None]                                             # (s, T)
+            index = torch.where(inside, offsets[rows, None] + at, 0)
+            states = self.gpt.hidden(tokens[index]).float() * inside[..., None]
+            found.append(states.sum(1) / sizes[rows, None])
+        return torch.cat(found)[order.argsort()]
+
+    @torch.no_grad()
+    def embed(self, tokens: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
+        """Sentences as in `raw`, none of them empty -> (s, E) of unit length, in half precision's values,
+        so that a vector read back from the store is the same as one made anew."""
+        device = self.mean.device
+        x = self.raw(torch.as_tensor(np.asarray(tokens, np.int64), device=device),
+                     torch.as_tensor(np.asarray(offsets, np.int64), device=device)).to(self.mean)
+        x = x - self.mean
+        x = x - (x @ self.component)[:, None] * self.component
+        return F.normalize(x, dim=1).half().float()
+
+    def assign(self, vectors: torch.Tensor) -> torch.Tensor:
+        """(n, E) -> (n,) the nearest centroid of each."""
+        return _nearest(vectors, self.centroids)[0]
+
+    def fingerprint(self) -> str:
+        """Changes with anything that the vectors or labels depend on."""
+        total = sum((x.double() * torch.arange(1, x.numel() + 1, device=x.device).view_as(x) % 97).sum()
+                    for x in self.state_dict().values())
+        return f"{float(total).hex()[4:16]}"
+
+
+def fit_vectors(kind: str, gpt: nn.Module, corpus: Corpus, vocab_size: int) -> Labeler:
+    """A Labeler without centroids, its statistics from (at most 50,000 sentences of) the training split."""
+    table = None
+    device = gpt.wte.weight.device
+    if kind == "sif":
+        counts = np.zeros(vocab_size)
+        for i in range(0, len(corpus.tokens), 1 << 22):
+            counts += np.bincount(corpus.tokens[i:i + (1 << 22)], minlength=vocab_size)
+        p = torch.tensor(counts / counts.sum(), dtype=torch.float32, device=device)
+        table = gpt.wte.weight.detach()[:vocab_size].float() * (SIF_A / (SIF_A + p))[:, None]
+    width = gpt.wte.weight.shape[1]
+    zeros = torch.zeros(width, device=device)
+    labeler = Labeler(table, None if kind == "sif" else gpt, zeros, zeros.clone())
+    with torch.no_grad():
+        chunks = range(0, corpus.n_sentences, CHUNK)
+        chunks = chunks[::max(1, len(chunks) * CHUNK // 50_000)]
+        sample = torch.cat([labeler.raw(*_sentences(corpus, i, device)) for i in chunks]).double()
+        labeler.mean = sample.mean(0).float()
+        centred = sample - sample.mean(0)
+        labeler.component = torch.linalg.eigh(centred.T @ centred)[1][:, -1].float()
+    return labeler
+
+
+def _sentences(corpus: Corpus, i: int, device=None):
+    """Tokens and offsets of the chunk of sentences from i on."""
+    offsets = np.asarray(corpus.sentences[i:min(i + CHUNK, corpus.n_sentences) + 1])
+    tokens = corpus.tokens[offsets[0]:offsets[-1]].astype(np.int64)
+    offsets = offsets[:-1] - offsets[0]
+    return (tokens, offsets) if device is None else (
+        torch.as_tensor(tokens, device=device), torch.as_tensor(offsets, device=device))
+
+
+def embed_corpus(labeler: Labeler, corpus: Corpus, path: Path | None = None) -> np.ndarray:
+    """The vectors (n, E) of a corpus's finished sentences in half precision: in memory, or as a memory map
+    under `path`, written once and moved into place when whole."""
+    shape = (corpus.n_sentences, len(labeler.mean))
+    if path is not None and path.exists():
+        vectors = np.load(path, mmap_mode="r")
+        if vectors.shape == shape:
+            return vectors
+    working = path and path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    vectors = np.empty(shape, np.float16) if path is None else np.lib.format.open_memmap(
+        working, "w+", np.float16, shape)
+    for i in tqdm(range(0, corpus.n_sentences, CHUNK), desc="vectors", leave=False, disable=path is None):
+        vectors[i:i + CHUNK] = labeler.embed(*_sentences(corpus, i)).cpu().numpy()
+    if path is None:
+        return vectors
+    vectors.flush()
+    os.replace(working, path)
+    return np.load(path, mmap_mode="r")
+
+
+def label_corpus(labeler: Labeler, vectors: np.ndarray) -> np.ndarray:
+    """(n, E) -> int32 (n,) labels."""
+    device = labeler.mean.device
+    parts = [labeler.assign(_chunk(vectors, i, 1 << 15, device)).int().cpu().numpy()
+             for i in range(0, len(vectors), 1 << 15)]
+    return np.concatenate(parts or [np.zeros(0, np.int32)])
+
+
+# --- k-means ----------------------------------------------------------------------------------------------
+
+def _chunk(x, i: int, size: int, device) -> torch.Tensor:
+    return torch.as_tensor(np.asarray(x[i:i + size]), device=device).float()
+
+
+def _nearest(x: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (n, E) -> (n,) index of the nearest centroid, and (n,) |x - c|^2 - |x|^2."""
+    # |x - c|^2 = |x|^2 - 2 x.c + |c|^2, whose first term is the same for all c
+    distance = torch.addmm(centroids.square().sum(1), x, centroids.T, alpha=-2)         # (n, K)
+    nearest = distance.min(1)
+    return nearest.indices, nearest.values
+
+
+def _plus_plus(x: torch.Tensor, k: int, generator: torch.Generator) -> torch.Tensor:
+    """k-means++ start (Arthur and Vassilvitskii, 2007): each next centroid is a point drawn in proportion
+    to its squared distance from those before; where all points are taken, any point again."""
+    centroids = x.new_empty(k, x.shape[1])
+    distance = x.new_ones(len(x))
+    for j in range(k):
+        weights = distance if distance.sum() > 0 else torch.ones_like(distance)
+        ladder = weights.double().cumsum(0)
+        draw = torch.rand(1, generator=generator, dtype=torch.float64).to(x.device) * ladder[-1]
+        centroids[j] = x[torch.searchsorted(ladder, draw, right=True).clamp(max=len(x) - 1)]
+        new = (x - centroids[j]).square().sum(1)
+        distance = new if j == 0 else torch.minimum(distance, new)
+    return centroids
+
+
+def kmeans(x, k: int, seed: int = 0, iters: int = 50, tol: float = 1e-4, device: str = "cpu",
+           start: torch.Tensor | None = None, mini_batch: bool | None = None, history: list | None = None):
+    """k-means of x (N, E), an array, memory map or tensor -> centroids (K, E), labels (N,), inertia.
+
+    Full Lloyd up to MINI_BATCH_ABOVE vectors, mini-batch above (or as `mini_batch` says), in chunks: N x K
+    is never held whole. Stops when an iteration lowers the inertia (the sum of squared distances) by less
+    than `tol` of it; `history` receives each iteration's. Empty clusters take the points farthest from
+    their centroids; with fewer distinct points than K the surplus stays empty. The labels are those of the
+    centroids returned. Raises ValueError for N < K.
+    """
+    N, E = x.shape
+    if not 1 <= k <= N:
+        raise ValueError(f"n_labels={k} must lie between 1 and the {N} sentences of the training split")
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(N, generator=generator)[:max(1 << 14, 8 * k)].sort().values
+    if start is None:
+        pool = torch.as_tensor(np.asarray(x[rows.numpy()]), device=device).float()
+        start = _plus_plus(pool, k, generator)
+    centroids = start.to(device).float().clone()
+    if mini_batch if mini_batch is not None else N > MINI_BATCH_ABOVE:
+        centroids = _mini_batch(x, centroids, iters, generator)
+        iters = 1
+    previous = math.inf
+    for i in range(iters):
+        labels, counts, sums, inertia, distance = _lloyd_pass(x, centroids)
+        if history is not None:
+            history.append(inertia)
+        if i == iters - 1 or previous - inertia <= tol * inertia:
+            break
+        previous = inertia
+        updated = (sums / counts.clamp(min=1)[:, None]).float()
+        empty = (counts == 0).nonzero()[:, 0]
+        if len(empty):
+            far, index = distance.topk(min(len(empty), N))
+            index = index[far > 1e-10]               # not a point that a centroid already sits on
+            points = torch.as_tensor(np.asarray(x[index.cpu().numpy()]), device=device).float()
+            updated[empty] = centroids[empty]
+            updated[empty[:len(index)]] = points
+        centroids = updated
+    if n_empty := int((counts == 0).sum()):
+        print(f"k-means: {n_empty} of {k} labels stay empty (fewer distinct sentences than labels)")
+    return centroids, labels, inertia
+
+
+def _lloyd_pass(x, centroids):
+    """One pass over x: labels (N,), counts (K,), sums (K, E), inertia, squared distances (N,)."""
+    (k, E), device = centroids.shape, centroids.device
+    counts = torch.zeros(k, dtype=torch.float64, device=device)
+    sums = torch.zeros(k, E, dtype=torch.float64, device=device)
+    labels, distances, norms = [], [], 0.0
+    size = max(1024, (1 << 23) // k)
+    for i in range(0, len(x), size):
+        chunk = _chunk(x, i, size, device)
+        label, distance = _nearest(chunk, centroids)
+        square = chunk.square().sum(1)
+        norms += float(square.sum(dtype=torch.float64))
+        counts += torch.bincount(label, minlength=k)
+        sums += torch.zeros_like(centroids).index_add_(0, label, chunk)
+        labels.append(label)
+        distances.append(distance + square)
+    # sum |x - c|^2 = sum |x|^2 - 2 sum_k c_k . sums_k + sum_k n_k |c_k|^2, in float64
+    c = centroids.double()
+    inertia = norms - 2 * float((c * sums).sum()) + float((counts * c.square().sum(1)).sum())
+    return torch.cat(labels), counts, sums, max(inertia, 0.0), torch.cat(distances)
+
+
+def _mini_batch(x, centroids, iters: int, generator, size: int = 1 << 14):
+    """Mini-batch k-means (Sculley, 2010): each centroid moves to the running mean of the points that it was
+    given; one that has got none after a batch takes a point of that batch."""
+    counts = torch.zeros(len(centroids), device=centroids.device)
+    for _ in range(iters * 4):
+        rows = torch.randint(len(x), (size,), generator=generator).sort().values.numpy()
+        chunk = torch.as_tensor(np.asarray(x[rows]), device=centroids.device).float()
+        label, _ = _nearest(chunk, centroids)
+        got = torch.bincount(label, minlength=len(centroids))
+        sums = torch.zeros_like(centroids).index_add_(0, label, chunk)
+        counts += got
+        centroids = centroids + (sums - got[:, None] * centroids) / counts.clamp(min=1)[:, None]
+        empty = (counts == 0).nonzero()[:, 0]
+        picks = torch.randint(size, (len(empty),), generator=generator)
+        centroids[empty] = chunk[picks.to(chunk.device)]
+    return centroids
+
+
+# --- what the labels mean ---------------------------------------------------------------------------------
+
+def transitions(labels: np.ndarray, corpus: Corpus, k: int) -> torch.Tensor:
+    """int64 (K + 1, K): how often label b follows a within a document; row K counts the documents' first."""
+    before = np.concatenate([[k], labels[:-1]])
+    before[corpus.documents[corpus.documents < len(labels)]] = k
+    counts = np.bincount(before.astype(np.int64) * k + labels, minlength=(k + 1) * k)
+    return torch.from_numpy(counts).view(k + 1, k)
+
+
+def baselines(counts: torch.Tensor, labels: np.ndarray, corpus: Corpus) -> dict[str, float]:
+    """Cross-entropy in nats of the label unigram and of the label bigram, both counted on the training
+    split, on the sentences of a corpus: what a planner must beat."""
+    k = counts.shape[1]
+    before = np.concatenate([[k], labels[:-1]])
+    before[corpus.documents[corpus.documents < len(labels)]] = k
+    unigram = (counts.sum(0).double() + 1) / (counts.sum() + k)                         # (K,)
+    # each context is smoothed towards the unigram with the weight of 16 sentences
+    bigram = (counts.double() + 16 * unigram) / (counts.sum(1, keepdim=True) + 16)      # (K + 1, K)
+    return {"unigram_ce": -float(unigram[labels].log().mean()),
+            "bigram_ce": -float(bigram[before, labels].log().mean())}
+
+
+def describe(labeler: Labeler, corpus: Corpus, vectors: np.ndarray, labels: np.ndarray,
+             tokenizer: tiktoken.Encoding, limit: int = 60_000) -> list[dict]:
+    """For each label {"size", "words", "sentences"}: how many training sentences have it, its most
+    characteristic words and its most typical sentences, both among the first `limit` sentences."""
+    n, k = min(limit, len(labels)), len(labeler.centroids)
+    sizes = np.bincount(labels, minlength=k)
+    centroids = labeler.centroids.cpu().numpy()
+    near = -np.square(vectors[:n].astype(np.float32) - centroids[labels[:n]]).sum(1)
+    everywhere, within = Counter(), [Counter() for _ in range(k)]
+    sentences = [[] for _ in range(k)]
+    for j in np.lexsort((-near, labels[:n])):        # by label, the most typical first
+        text = tokenizer.decode(corpus.tokens[corpus.sentences[j]:corpus.sentences[j + 1]].tolist())
+        words = set(re.findall(r"[^\W\d_]{3,}", text.lower()))
+        everywhere.update(words)
+        within[labels[j]].update(words)
+        text = " ".join(text.split())
+        if len(sentences[labels[j]]) < 3 and text not in sentences[labels[j]]:
+            sentences[labels[j]].append(text)
+
+    def characteristic(label):                       # frequent here, and seldom elsewhere
+        score = {w: c * math.log((c / everywhere[w]) / ((sizes[label] + 1) / (len(labels) + 1)) + 1e-9)
+                 for w, c in within[label].items()}
+        return sorted(score, key=lambda w: (-score[w], w))[:6]
+
+    return [{"size": int(sizes[j]), "words": characteristic(j), "sentences": sentences[j]} for j in range(k)]
