@@ -8,6 +8,7 @@ kinds, both from the stage-1 GPT, which stays fixed afterwards (the measured com
 Of either, the mean and the first principal component are removed, and the length is made 1.
 NOTE(paper): the paper takes its vectors from a pretrained sentence encoder.
 """
+import hashlib
 import math
 import os
 import re
@@ -76,10 +77,11 @@ class Labeler(nn.Module):
         return _nearest(vectors, self.centroids)[0]
 
     def fingerprint(self) -> str:
-        """Changes with anything that the vectors or labels depend on."""
-        total = sum((x.double() * torch.arange(1, x.numel() + 1, device=x.device).view_as(x) % 97).sum()
-                    for x in self.state_dict().values())
-        return f"{float(total).hex()[4:16]}"
+        """A hash of everything that vectors and labels depend on."""
+        digest = hashlib.sha256()
+        for value in self.state_dict().values():
+            digest.update(value.cpu().numpy().tobytes())
+        return digest.hexdigest()[:12]
 
 
 def fit_vectors(kind: str, gpt: nn.Module, corpus: Corpus, vocab_size: int) -> Labeler:
@@ -257,11 +259,16 @@ def _mini_batch(x, centroids, iters: int, generator, size: int = 1 << 14):
 
 # --- what the labels mean ---------------------------------------------------------------------------------
 
+def _before(labels: np.ndarray, corpus: Corpus, k: int) -> np.ndarray:
+    """int64 (n,): the label of the sentence before each, K at the start of a document."""
+    before = np.concatenate([[k], labels[:-1]]).astype(np.int64)
+    before[corpus.documents[corpus.documents < len(labels)]] = k
+    return before
+
+
 def transitions(labels: np.ndarray, corpus: Corpus, k: int) -> torch.Tensor:
     """int64 (K + 1, K): how often label b follows a within a document; row K counts the documents' first."""
-    before = np.concatenate([[k], labels[:-1]])
-    before[corpus.documents[corpus.documents < len(labels)]] = k
-    counts = np.bincount(before.astype(np.int64) * k + labels, minlength=(k + 1) * k)
+    counts = np.bincount(_before(labels, corpus, k) * k + labels, minlength=(k + 1) * k)
     return torch.from_numpy(counts).view(k + 1, k)
 
 
@@ -269,13 +276,11 @@ def baselines(counts: torch.Tensor, labels: np.ndarray, corpus: Corpus) -> dict[
     """Cross-entropy in nats of the label unigram and of the label bigram, both counted on the training
     split, on the sentences of a corpus: what a planner must beat."""
     k = counts.shape[1]
-    before = np.concatenate([[k], labels[:-1]])
-    before[corpus.documents[corpus.documents < len(labels)]] = k
     unigram = (counts.sum(0).double() + 1) / (counts.sum() + k)                         # (K,)
     # each context is smoothed towards the unigram with the weight of 16 sentences
     bigram = (counts.double() + 16 * unigram) / (counts.sum(1, keepdim=True) + 16)      # (K + 1, K)
     return {"unigram_ce": -float(unigram[labels].log().mean()),
-            "bigram_ce": -float(bigram[before, labels].log().mean())}
+            "bigram_ce": -float(bigram[_before(labels, corpus, k), labels].log().mean())}
 
 
 def describe(labeler: Labeler, corpus: Corpus, vectors: np.ndarray, labels: np.ndarray,
