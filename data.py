@@ -578,12 +578,12 @@ class Batch:
 
 
 @functools.lru_cache(maxsize=4)
-def _epoch(seed: int, epoch: int, n: int, width: int) -> tuple[int, np.ndarray]:
-    random = np.random.default_rng((seed, epoch))
+def _epoch(seed: tuple[int, ...], epoch: int, n: int, width: int) -> tuple[int, np.ndarray]:
+    random = np.random.default_rng((*seed, epoch))
     return int(random.integers(width)), random.permutation(n)
 
 
-def batch_starts(length: int, width: int, rows: int, seed: int, step: int) -> np.ndarray:
+def batch_starts(length: int, width: int, rows: int, seed: tuple[int, ...], step: int) -> np.ndarray:
     """(rows,) where the windows of a step start: a function of (seed, step) alone. Each epoch visits each
     of the disjoint windows of `width` once, in a new order and with a new offset."""
     n = (length - width) // width                    # one window less, for the offset
@@ -605,6 +605,7 @@ def window_batch(corpus: Corpus, starts: np.ndarray, width: int, vectors: np.nda
     if at[:, -1].max() >= len(corpus.tokens):        # the last target of a text may not be known yet
         known = np.minimum(at, len(corpus.tokens) - 1)
         tokens = np.where(at < len(corpus.tokens), corpus.tokens[known].astype(np.int64), -1)
+        tokens[:, :-1] = np.maximum(tokens[:, :-1], 0)
     else:
         tokens = corpus.tokens[at].astype(np.int64)
     batch = Batch(torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(tokens[:, 1:].copy()))

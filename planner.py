@@ -57,13 +57,10 @@ class PlannedGPT(nn.Module):
         super().__init__()
         self.gpt, self.plan, self.tau = gpt, plan, tau
         self.planner = planner if plan in USES_PLANNER else None
-        unused = []
-        if plan == "none":                                   # what a plan does not use is not trained
-            unused = [gpt.label_emb, *(block.attn.plan_map.weight for block in gpt.blocks)]
-        if self.planner is not None and plan not in END_TO_END:
-            unused = list(planner.parameters())
-        for p in unused:
-            p.requires_grad_(False)
+        for name, p in self.named_parameters():              # what a plan does not use is not trained
+            part_of_plan = "label_emb" in name or "plan_map" in name
+            frozen = name.startswith("planner.") and plan not in END_TO_END
+            p.requires_grad_(not frozen and not (part_of_plan and plan == "none"))
 
     def label_logits(self, batch: Batch) -> torch.Tensor:
         """(B, S, K): the planner's logits for the sentences that the targets touch."""
