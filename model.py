@@ -116,6 +116,41 @@ def init_weights(module: nn.Module, n_layer: int, generator: torch.Generator) ->
             nn.init.normal_(p, std=0.02 / math.sqrt(2 * n_layer) if residual else 0.02, generator=generator)
 
 
+class MeanCrossEntropy(torch.autograd.Function):
+    """The mean of F.cross_entropy(F.linear(x, weight), targets, ignore_index=-1), a few rows at a time.
+
+    x (n, C), weight (V, C), targets (n,) -> a scalar, nats. The gradient is worked out along with the loss,
+    so the (n, V) logits are never held: on a CPU a chunk stays in the cache, which halves the time.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        device, dtype = x.device.type, weight.dtype
+        if torch.is_autocast_enabled(device):        # products in its type, as F.linear's would be
+            dtype = torch.get_autocast_dtype(device)
+        x, w, counted = x.to(dtype), weight.to(dtype), targets >= 0
+        n, targets, total = counted.sum().clamp(min=1), targets.clamp(min=0)[:, None], 0.0
+        grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
+        size = max(1, (1 << 20 if device == "cpu" else 1 << 28) // len(weight))
+        for i in range(0, len(x), size):
+            rows = slice(i, i + size)
+            logits = (x[rows] @ w.T).to(weight.dtype)                           # (rows, V)
+            norm = logits.logsumexp(-1, keepdim=True)
+            total += ((norm - logits.gather(1, targets[rows]))[:, 0] * counted[rows]).sum()
+            g = logits.sub_(norm).exp_()                                        # softmax
+            g.scatter_add_(1, targets[rows], g.new_full((len(g), 1), -1.0))
+            g = (g.mul_(counted[rows, None]) / n).to(dtype)
+            grad_x[rows] = g @ w
+            grad_w += g.T @ x[rows]
+        ctx.save_for_backward(grad_x, grad_w)
+        return total / n
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x, grad_w = ctx.saved_tensors
+        return grad_x * grad, grad_w * grad, None
+
+
 class GPT(nn.Module):
     """A small GPT. With n_labels > 0 it has label embeddings and can be given a plan."""
 
@@ -154,8 +189,9 @@ class GPT(nn.Module):
         next-token loss in nats, a scalar or, with reduction="none", (B, T). A target of -1 counts nothing.
         Raises ValueError where the tokens and the cache exceed block_size."""
         x = self.hidden(tokens, plan, sentence_id, cache)
-        logits = F.linear(x, self.wte.weight)                                   # (B, T, V), tied weights
         if targets is None:
-            return logits[..., :self.vocab_size]
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
-        return loss if reduction == "mean" else loss.view_as(targets)
+            return F.linear(x, self.wte.weight)[..., :self.vocab_size]          # (B, T, V), tied weights
+        if reduction == "mean":
+            return MeanCrossEntropy.apply(x.flatten(0, 1), self.wte.weight, targets.flatten())
+        logits = F.linear(x, self.wte.weight).flatten(0, 1)
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none").view_as(targets)

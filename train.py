@@ -54,7 +54,7 @@ class Config:
     plans: str = opt("none,hard,soft", f"the joint stages, of {','.join(PLANS)}; or all")
     # GPT
     n_layer: int = opt(4, "blocks of the GPT")
-    n_head: int = opt(6, "attention heads of the GPT")
+    n_head: int = opt(3, "attention heads of the GPT")
     n_embd: int = opt(192, "width of the GPT")
     block_size: int = opt(128, "window of the GPT in tokens")
     # labels
@@ -63,7 +63,7 @@ class Config:
     kmeans_iters: int = opt(50, "iterations of k-means at most")
     # planner
     planner_layer: int = opt(2, "blocks of the planner")
-    planner_head: int = opt(6, "attention heads of the planner")
+    planner_head: int = opt(3, "attention heads of the planner")
     planner_embd: int = opt(192, "width of the planner")
     planner_reach: int = opt(48, "how many sentences before the window the planner can look back")
     planner_view: str = opt("document", "document, or window: no sentence that the GPT can't see whole")
