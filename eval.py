@@ -12,6 +12,7 @@ that only the first window scores tokens with less than half a window behind the
 scores as it does within the whole. The `<|endoftext|>` before the first document is not scored.
 """
 import argparse
+import codecs
 import contextlib
 import difflib
 import json
@@ -264,8 +265,8 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def score_file(run: Run, plan: str, path: Path, out=sys.stdout) -> None:
-    """Writes one JSON line a token: the token, its nll, its sentence, and the plan's likeliest label."""
+def score_file(run: Run, plan: str, path: Path) -> None:
+    """Prints one JSON line a token: the token, its nll, its sentence, and the plan's likeliest label."""
     corpus = data.Corpus.from_texts(data.read_documents(path), run.tokenizer)
     check_text(corpus, path)
     vectors, labels = run.sentences(corpus)
@@ -276,7 +277,7 @@ def score_file(run: Run, plan: str, path: Path, out=sys.stdout) -> None:
     for token, nll, j in zip(corpus.tokens[1:].tolist(), found.nll.tolist(), sentence.tolist()):
         text = run.tokenizer.decode_single_token_bytes(token).decode("utf-8", "replace")
         label = None if np.isnan(found.entropy[j]) else int(found.top[j, 0])
-        out.write(json.dumps({"token": text, "nll": nll, "sentence": j, "label": label}) + "\n")
+        print(json.dumps({"token": text, "nll": nll, "sentence": j, "label": label}))
 
 
 def check_text(corpus: data.Corpus, path: Path) -> None:
@@ -388,6 +389,99 @@ def generate(run: Run, plan: str, prompt: str, n_tokens: int, temperature: float
         token = given[i + 1] if i + 1 < len(given) else sample(logits, temperature, top_k, generator)
 
 
+# --- the report -------------------------------------------------------------------------------------------
+
+def report_data(run: Run, corpus: data.Corpus, results: dict) -> dict:
+    """What assets/report.html shows, ready for JSON: the results, the curves, the labels, a few documents of
+    the corpus with what each plan makes of them, and a text that the run itself wrote."""
+    shown, c = example_documents(corpus, run.tokenizer), run.config
+    vectors, labels = run.sentences(shown)
+    scores = {plan: score(run.model(plan), shown, vectors, labels, c["planner_reach"], c["planner_view"],
+                          c["batch_size"], run.autocast()) for plan in results["plans"]}
+    planned = {plan: found for plan, found in scores.items() if not np.isnan(found.entropy).all()}
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")       # a character may span tokens
+    texts = [decoder.decode(run.tokenizer.decode_single_token_bytes(t)) for t in shown.tokens.tolist()]
+    content = {
+        "results": results,
+        "config": {name: value for name, value in c.items() if name not in ("cache_dir", "out_dir", "versions")}
+                  | {"data": Path(c["data"]).name},
+        "curves": read_curves(run.out_dir / "metrics.jsonl"),
+        **label_map(run),
+        "documents": {                               # arrays as in Corpus and Scores
+            "tokens": texts, "sentences": shown.sentences.tolist(), "documents": shown.documents.tolist(),
+            "labels": labels.tolist(),
+            "nll": {plan: np.round(found.nll, 4).tolist() for plan, found in scores.items()},
+            "top": {plan: found.top.tolist() for plan, found in planned.items()},
+            "prob": {plan: np.round(found.prob, 4).tolist() for plan, found in planned.items()}},
+        "sample": None}
+    if writers := [plan for plan in results["plans"] if plan != "oracle"]:
+        prompt = "".join(texts[1:shown.sentences[2] if len(shown.sentences) > 2 else None])
+        content["sample"] = {"plan": writers[-1], "sentences": list(
+            generate(run, writers[-1], prompt, 160, temperature=0.8, top_k=50, seed=0))}
+    return _finite(content)
+
+
+def example_documents(corpus: data.Corpus, tokenizer: tiktoken.Encoding, limit: int = 12,
+                      max_tokens: int = 8000) -> data.Corpus:
+    """The first documents of 3 to 40 sentences (of any length where there are none), as a corpus."""
+    sizes = np.diff(corpus.documents)                # the first is the opening <|endoftext|> alone
+    fit = np.flatnonzero((sizes >= 3) & (sizes <= 40))[:limit]
+    chosen = fit if len(fit) else np.arange(1, len(sizes))[:limit]
+    cuts = corpus.sentences[corpus.documents]
+    parts = [corpus.tokens[:1], *(corpus.tokens[cuts[d]:cuts[d + 1]] for d in chosen)]
+    return data.Corpus.from_tokens(np.concatenate(parts)[:max_tokens], tokenizer)
+
+
+def read_curves(path: Path, limit: int = 200) -> dict[str, dict[str, list]]:
+    """metrics.jsonl as stage -> quantity -> [[step, value], ...], thinned to about `limit` points. A line that
+    is cut or damaged is passed over; without a file there are no curves."""
+    curves = {}
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+            for name in entry.keys() & {"loss", "lm_loss", "label_loss", "val_nll", "val_label_nats", "val_entropy"}:
+                curves.setdefault(entry["stage"], {}).setdefault(name, []).append(
+                    [int(entry["step"]), round(float(entry[name]), 5)])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return {stage: {name: points[::-(1 + len(points) // limit)][::-1] for name, points in named.items()}
+            for stage, named in curves.items()}
+
+
+def label_map(run: Run) -> dict:
+    """For each label its description, its place on the centroids' first two principal components, and the
+    labels that most often follow it; and the share of the centroids' variance that the picture keeps."""
+    centroids = run.labeler.centroids.cpu().double().numpy()                            # (K, E)
+    left, singular, _ = np.linalg.svd(centroids - centroids.mean(0), full_matrices=False)
+    place = np.pad(left * singular, ((0, 0), (0, 1)))[:, :2]                            # (K, 2)
+    counts = run.saved_labels["transitions"][:-1].double()                              # (K, K)
+    often = (counts / counts.sum(1, keepdim=True).clamp(min=1)).topk(min(3, len(counts)))
+    keep = max(1, min(3, 1024 // len(counts)))       # typical sentences: the page stays below 2 MB
+    return {"labels": [{"x": round(x, 4), "y": round(y, 4), "size": d["size"],
+                        "words": [word[:24] for word in d["words"]],
+                        "sentences": [text[:160] for text in d["sentences"][:keep]],
+                        "next": [[label, round(share, 3)] for label, share in zip(follow, shares) if share]}
+                       for (x, y), d, follow, shares in zip(place.tolist(), run.saved_labels["descriptions"],
+                                                            often.indices.tolist(), often.values.tolist())],
+            "variance": float((singular[:2] ** 2).sum() / max((singular ** 2).sum(), 1e-12))}
+
+
+def _finite(x):
+    """x with None for NaN and infinity, which JSON has not."""
+    if isinstance(x, dict):
+        return {key: _finite(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_finite(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def write_report(run: Run, path: Path, corpus: data.Corpus, results: dict) -> None:
+    """Fills the template with the data. No text of a corpus can end the element that holds it."""
+    content = json.dumps(report_data(run, corpus, results), ensure_ascii=False, separators=(",", ":"))
+    template = (Path(__file__).parent / "assets" / "report.html").read_text(encoding="utf-8")
+    path.write_text(template.replace("__REPORT_DATA__", content.replace("<", "\\u003c")), encoding="utf-8")
+
+
 # --- command line -----------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
@@ -459,6 +553,8 @@ def main(argv=None):
             return score_file(run, args.plan, args.score)
         if args.prompt is not None:
             return print_generated(run, args)
+        if args.report:
+            args.report.open("a").close()            # where it can't be written, say so before the work
         if args.text:
             if not args.text.is_file():
                 raise FileNotFoundError(f"text={args.text} is not a file")
@@ -471,6 +567,8 @@ def main(argv=None):
             results = evaluate(run, corpus, run.bytes, args.split)
         (args.out_dir / "eval.json").write_text(json.dumps(results, indent=1) + "\n")
         print(table(results))
+        if args.report:
+            write_report(run, args.report, corpus, results)
 
 
 if __name__ == "__main__":

@@ -141,15 +141,17 @@ def embed_corpus(labeler: Labeler, corpus: Corpus, path: Path | None = None) -> 
 def label_corpus(labeler: Labeler, vectors: np.ndarray) -> np.ndarray:
     """(n, E) -> int32 (n,) labels."""
     device = labeler.mean.device
-    parts = [labeler.assign(_chunk(vectors, i, 1 << 15, device)).int().cpu().numpy()
+    parts = [labeler.assign(_rows(vectors, slice(i, i + (1 << 15)), device)).int().cpu().numpy()
              for i in range(0, len(vectors), 1 << 15)]
     return np.concatenate(parts or [np.zeros(0, np.int32)])
 
 
 # --- k-means ----------------------------------------------------------------------------------------------
 
-def _chunk(x, i: int, size: int, device) -> torch.Tensor:
-    return torch.as_tensor(np.asarray(x[i:i + size]), device=device).float()
+def _rows(x, index, device) -> torch.Tensor:
+    """Rows of an array, memory map or tensor, in float32."""
+    rows = x[index] if isinstance(x, torch.Tensor) else torch.from_numpy(np.array(x[index]))
+    return rows.to(device).float()
 
 
 def _nearest(x: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,7 +193,7 @@ def kmeans(x, k: int, seed: int = 0, iters: int = 50, tol: float = 1e-4, device:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(N, generator=generator)[:max(1 << 14, 8 * k)].sort().values
     if start is None:
-        pool = torch.as_tensor(np.asarray(x[rows.numpy()]), device=device).float()
+        pool = _rows(x, rows.numpy(), device)
         start = _plus_plus(pool, k, generator)
     centroids = start.to(device).float().clone()
     if mini_batch if mini_batch is not None else N > MINI_BATCH_ABOVE:
@@ -210,7 +212,7 @@ def kmeans(x, k: int, seed: int = 0, iters: int = 50, tol: float = 1e-4, device:
         if len(empty):
             far, index = distance.topk(min(len(empty), N))
             index = index[far > 1e-10]               # not a point that a centroid already sits on
-            points = torch.as_tensor(np.asarray(x[index.cpu().numpy()]), device=device).float()
+            points = _rows(x, index.cpu().numpy(), device)
             updated[empty] = centroids[empty]
             updated[empty[:len(index)]] = points
         centroids = updated
@@ -227,7 +229,7 @@ def _lloyd_pass(x, centroids):
     labels, distances, norms = [], [], 0.0
     size = max(1024, (1 << 23) // k)
     for i in range(0, len(x), size):
-        chunk = _chunk(x, i, size, device)
+        chunk = _rows(x, slice(i, i + size), device)
         label, distance = _nearest(chunk, centroids)
         square = chunk.square().sum(1)
         norms += float(square.sum(dtype=torch.float64))
@@ -247,7 +249,7 @@ def _mini_batch(x, centroids, iters: int, generator, size: int = 1 << 14):
     counts = torch.zeros(len(centroids), device=centroids.device)
     for _ in range(iters * 4):
         rows = torch.randint(len(x), (size,), generator=generator).sort().values.numpy()
-        chunk = torch.as_tensor(np.asarray(x[rows]), device=centroids.device).float()
+        chunk = _rows(x, rows, centroids.device)
         label, _ = _nearest(chunk, centroids)
         got = torch.bincount(label, minlength=len(centroids))
         sums = torch.zeros_like(centroids).index_add_(0, label, chunk)

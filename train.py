@@ -232,16 +232,17 @@ class Job:
         except (OSError, ValueError, KeyError, TypeError):
             return faster_dtype(self.device)
 
-    def depends(self, stage: str) -> dict:
-        names = []
-        for name, options in STAGE_OPTIONS.items():
-            names += options.split()
-            if name == stage:
-                return {name: self.options[name] for name in names}
+    def depends(self, name: str) -> dict:
+        """The options that a stage's result depends on, with their values."""
+        stages = list(STAGE_OPTIONS)
+        needs = stages[:stages.index(name.split("_")[0]) + 1]
+        if name == "joint_none":                     # the plain GPT knows neither labels nor planner
+            needs = ["lm", "joint"]
+        return {option: self.options[option] for stage in needs for option in STAGE_OPTIONS[stage].split()}
 
-    def load(self, name: str, stage: str) -> dict | None:
+    def load(self, name: str) -> dict | None:
         """The checkpoint `name` if it can be used: None where there is none or its options changed."""
-        path, depends = self.out / f"{name}.pt", self.depends(stage)
+        path, depends = self.out / f"{name}.pt", self.depends(name)
         if not path.exists():
             return None
         saved = evaluation.load_checkpoint(path)
@@ -250,8 +251,7 @@ class Job:
         if changed:
             print(f"{name}: done anew, for {'; '.join(changed)}")
             return None
-        if saved["done"]:
-            print(f"{name}: finished before, reused")
+        print(f"{name}: finished before, reused" if saved["done"] else f"{name}: goes on at step {saved['step']}")
         return saved
 
     def sentences(self, split: str, labeler: labelling.Labeler) -> tuple[np.ndarray, np.ndarray]:
@@ -322,9 +322,10 @@ def noise_generator(device: torch.device, *key: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(int(state >> 1))
 
 
-def fit(job: Job, name: str, stage: str, model, parts, steps: int, micro_batches, losses, validate, args):
+def fit(job: Job, name: str, saved, model, parts, steps: int, micro_batches, losses, validate, args):
     """Trains one stage, from its checkpoint if there is one, and leaves its checkpoint behind.
 
+    saved          what `Job.load` found of it
     parts          [(module, peak learning rate)]: what is trained
     micro_batches  step -> list of Batch, all of the same size
     losses         (model, batch, generator) -> {"loss": .., ...}, scalars
@@ -333,7 +334,6 @@ def fit(job: Job, name: str, stage: str, model, parts, steps: int, micro_batches
     """
     config = job.config
     optimizer = make_optimizer(config, parts, fused=job.device.type in ("cpu", "cuda"))
-    saved = job.load(name, stage)
     first, skipped = 0, 0
     if saved:
         model.load_state_dict(saved["model"])
@@ -343,13 +343,14 @@ def fit(job: Job, name: str, stage: str, model, parts, steps: int, micro_batches
         first, skipped = saved["step"], saved["skipped"]
     job.forget(name, first)
     run = torch.compile(model) if config.compile else model
-    planners = [p for p in (model.planner.parameters() if getattr(model, "planner", None) else [])]
+    late = list(model.planner.parameters()) if getattr(model, "planner", None) else []
+    unit = "labels" if name == "planner" else "tokens"
     in_a_row, tokens, begun = 0, 0, time.perf_counter()
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, mininterval=0.5)
 
     def save(step, done):
         save_checkpoint(job.out / f"{name}.pt", {
-            "depends": job.depends(stage), "step": step, "done": done, "skipped": skipped, **args,
+            "depends": job.depends(name), "step": step, "done": done, "skipped": skipped, **args,
             "model": model.state_dict(), "optimizer": None if done else optimizer.state_dict()})
 
     for step in bar:
@@ -367,8 +368,8 @@ def fit(job: Job, name: str, stage: str, model, parts, steps: int, micro_batches
             for key, value in found.items():
                 total[key] = total.get(key, 0.0) + value.detach() / len(batches)
             tokens += batch.tokens.numel() or batch.labels.numel()
-        if stage == "joint" and step < config.unfreeze_step:
-            for p in planners:
+        if step < config.unfreeze_step:
+            for p in late:
                 p.grad = None                        # no optimizer step where there is no gradient
         # 3. clip and step; a step that is not finite is skipped, and several in a row end the run
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -389,8 +390,8 @@ def fit(job: Job, name: str, stage: str, model, parts, steps: int, micro_batches
             entry = {key: float(value) for key, value in total.items()}
             job.log(stage=name, step=step + 1, **entry, lr=share, grad_norm=float(norm), skipped=skipped,
                     per_second=speed)
-            bar.set_postfix_str(f"loss {entry['loss']:.3f}, {speed:,.0f} {'labels' if stage == 'planner' else 'tokens'}/s"
-                                + (f", {skipped} skipped" if skipped else ""))
+            note = f", {skipped} skipped" if skipped else ""
+            bar.set_postfix_str(f"loss {entry['loss']:.3f}, {speed:,.0f} {unit}/s{note}")
         if (step + 1) % config.eval_every == 0 or last:
             job.log(stage=name, step=step + 1, **validate())
             begun = time.perf_counter()
@@ -409,7 +410,7 @@ def train_lm(job: Job) -> tuple[GPT, dict]:
     args = dict(vocab_size=job.store.tokenizer.n_vocab, block_size=c.block_size, n_layer=c.n_layer,
                 n_head=c.n_head, n_embd=c.n_embd, seed=c.seed)
     model = PlannedGPT(GPT(**args), None, "none").to(job.device)
-    fit(job, "lm", "lm", model, [(model, c.lm_lr)], c.lm_steps,
+    fit(job, "lm", job.load("lm"), model, [(model, c.lm_lr)], c.lm_steps,
         lambda step: window_batches(job, step, 0),
         lambda run, batch, noise: {"loss": run(batch)[0]},
         lambda: validate_lm(job, model), {"gpt_args": args})
@@ -418,7 +419,7 @@ def train_lm(job: Job) -> tuple[GPT, dict]:
 
 def make_labels(job: Job, gpt: GPT, gpt_args: dict) -> labelling.Labeler:
     c = job.config
-    saved = job.load("labels", "labels")
+    saved = job.load("labels")
     if saved:
         return evaluation.load_labeler(saved).to(job.device)
     labeler = labelling.fit_vectors(c.vectors, gpt, job.train, job.store.tokenizer.n_vocab)
@@ -448,7 +449,7 @@ def train_planner(job: Job, labeler: labelling.Labeler) -> tuple[Planner, dict]:
         starts = data.batch_starts(job.train.n_sentences, width, c.planner_batch, (c.seed, 1), step)
         return [data.sentence_batch(job.train, starts, width, vectors, labels)]
 
-    fit(job, "planner", "planner", planner, [(planner, c.planner_lr)], c.planner_steps, batches,
+    fit(job, "planner", job.load("planner"), planner, [(planner, c.planner_lr)], c.planner_steps, batches,
         lambda run, batch, noise: {"loss": label_loss(run(batch.vectors, batch.first), batch.labels)},
         lambda: validate_planner(job, planner, labeler), {"planner_args": args})
     return planner, args
@@ -457,12 +458,15 @@ def train_planner(job: Job, labeler: labelling.Labeler) -> tuple[Planner, dict]:
 def train_joint(job: Job, plan: str, labeler: labelling.Labeler) -> None:
     """Step 5 of the method: GPT and planner on the next-token loss, from the three finished stages."""
     c = job.config
+    if (saved := job.load(f"joint_{plan}")) and saved["done"]:
+        return
     lm, planned = (evaluation.load_checkpoint(job.out / f"{name}.pt") for name in ("lm", "planner"))
-    gpt_args = lm["gpt_args"] | {"n_labels": c.n_labels}
+    gpt_args = lm["gpt_args"] | {"n_labels": 0 if plan == "none" else c.n_labels}
     gpt, planner = GPT(**gpt_args), Planner(**planned["planner_args"])
     stage_1 = {name.removeprefix("gpt."): value for name, value in lm["model"].items()}
     gpt.load_state_dict(gpt.state_dict() | stage_1)
-    gpt.label_emb.data = initial_label_emb(labeler.centroids.cpu(), c.n_embd)
+    if plan != "none":
+        gpt.label_emb.data = initial_label_emb(labeler.centroids.cpu(), c.n_embd)
     planner.load_state_dict(planned["model"])
     model = PlannedGPT(gpt, planner, plan, c.gumbel_tau).to(job.device)
     vectors, labels = job.sentences("train", labeler)
@@ -475,7 +479,7 @@ def train_joint(job: Job, plan: str, labeler: labelling.Labeler) -> None:
         label = label_loss(logits, batch.labels)
         return {"loss": lm_loss + c.label_loss_weight * label, "lm_loss": lm_loss, "label_loss": label}
 
-    fit(job, f"joint_{plan}", "joint", model, parts, c.joint_steps,
+    fit(job, f"joint_{plan}", saved, model, parts, c.joint_steps,
         lambda step: window_batches(job, step, 2, vectors, labels), losses,
         lambda: validate_lm(job, model, labeler), {"gpt_args": gpt_args, "planner_args": planned["planner_args"]})
 
