@@ -33,7 +33,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -350,7 +349,7 @@ def _split_files(files: list[Path]) -> Iterator[tuple[str, str]]:
         with _reading(path), _open(path) as file:
             total += sum(len(block) for block in iter(lambda: file.read(1 << 20), b""))
     small = total < 4 << 20
-    limit = max(total // (40 if small else 400), 1)
+    limit = min(max(total // (40 if small else 400), 1), 1 << 20)
     texts = (text for path in files for text in read_documents(path, limit) if text.strip())
     for i, text in enumerate(texts):
         yield {18: "val", 19: "test"}.get((i if small else _hash(text)) % 20, "train"), text
@@ -500,7 +499,7 @@ def _write_store(path: Path, name: str, tokenizer: str, vocab_size: int, cache_d
     writers = {split: _Writer(path, split, encoding) for split in SPLITS}
     texts = iter(texts if name == "docstrings" else documents(name, cache_dir))
     digest, done = hashlib.sha256(), tqdm(desc="tokenize", unit="B", unit_scale=True)
-    while chunk := [(split, text) for split, text in islice(texts, 256) if text.strip()]:
+    for chunk in _chunks(texts):
         for (split, text), tokens in zip(chunk, encoding.encode_ordinary_batch([t for _, t in chunk])):
             data = text.encode()
             digest.update(f"{split} {len(data)} ".encode() + data)
@@ -513,6 +512,19 @@ def _write_store(path: Path, name: str, tokenizer: str, vocab_size: int, cache_d
             raise ValueError(f"data={name} leaves {counts['sentences']['length'] - 2} sentences for {split}: "
                              "give at least 40 lines of text, or 20 documents of two sentences")
     (path / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def _chunks(texts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Documents by the megabyte: enough for all cores to tokenize, little enough to hold."""
+    chunk, size = [], 0
+    for split, text in texts:
+        if text.strip():
+            chunk.append((split, text))
+            size += len(text)
+        if size >= 1 << 20:
+            yield chunk
+            chunk, size = [], 0
+    yield chunk
 
 
 def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:

@@ -391,34 +391,33 @@ def generate(run: Run, plan: str, prompt: str, n_tokens: int, temperature: float
 
 # --- the report -------------------------------------------------------------------------------------------
 
+CURVES = ("loss", "lm_loss", "label_loss", "val_nll", "val_label_nats", "val_entropy")
+
+
 def report_data(run: Run, corpus: data.Corpus, results: dict) -> dict:
-    """What assets/report.html shows, ready for JSON: the results, the curves, the labels, a few documents of
-    the corpus with what each plan makes of them, and a text that the run itself wrote."""
-    shown, c = example_documents(corpus, run.tokenizer), run.config
+    """What assets/report.html shows: the results, the curves, the labels, a few documents of the corpus with
+    what each plan makes of them, and a text that the run itself writes."""
+    shown, c, plans = example_documents(corpus, run.tokenizer), run.config, list(results["plans"])
     vectors, labels = run.sentences(shown)
     scores = {plan: score(run.model(plan), shown, vectors, labels, c["planner_reach"], c["planner_view"],
-                          c["batch_size"], run.autocast()) for plan in results["plans"]}
+                          c["batch_size"], run.autocast()) for plan in plans}
     planned = {plan: found for plan, found in scores.items() if not np.isnan(found.entropy).all()}
     decoder = codecs.getincrementaldecoder("utf-8")("replace")       # a character may span tokens
-    texts = [decoder.decode(run.tokenizer.decode_single_token_bytes(t)) for t in shown.tokens.tolist()]
-    content = {
-        "results": results,
-        "config": {name: value for name, value in c.items() if name not in ("cache_dir", "out_dir", "versions")}
-                  | {"data": Path(c["data"]).name},
-        "curves": read_curves(run.out_dir / "metrics.jsonl"),
-        **label_map(run),
-        "documents": {                               # arrays as in Corpus and Scores
-            "tokens": texts, "sentences": shown.sentences.tolist(), "documents": shown.documents.tolist(),
-            "labels": labels.tolist(),
-            "nll": {plan: np.round(found.nll, 4).tolist() for plan, found in scores.items()},
-            "top": {plan: found.top.tolist() for plan, found in planned.items()},
-            "prob": {plan: np.round(found.prob, 4).tolist() for plan, found in planned.items()}},
-        "sample": None}
-    if writers := [plan for plan in results["plans"] if plan != "oracle"]:
-        prompt = "".join(texts[1:shown.sentences[2] if len(shown.sentences) > 2 else None])
-        content["sample"] = {"plan": writers[-1], "sentences": list(
+    documents = {                                    # arrays as those of Corpus and Scores
+        "tokens": [decoder.decode(run.tokenizer.decode_single_token_bytes(t)) for t in shown.tokens.tolist()],
+        "sentences": shown.sentences.tolist(), "documents": shown.documents.tolist(),
+        "labels": labels.tolist(),
+        "nll": {plan: found.nll.round(4).tolist() for plan, found in scores.items()},
+        "top": {plan: found.top.tolist() for plan, found in planned.items()},
+        "prob": {plan: found.prob.round(4).tolist() for plan, found in planned.items()}}
+    sample = None
+    if writers := [plan for plan in plans if plan != "oracle"]:
+        prompt = run.tokenizer.decode(shown.tokens[1:shown.sentences[2]].tolist()).removesuffix(data.EOT)
+        sample = {"plan": writers[-1], "sentences": list(
             generate(run, writers[-1], prompt, 160, temperature=0.8, top_k=50, seed=0))}
-    return _finite(content)
+    options = {name: c[name] for name in c.keys() - {"cache_dir", "out_dir", "versions"}}
+    return {"results": results, "config": options | {"data": Path(c["data"]).name}, **label_map(run),
+            "curves": read_curves(run.out_dir / "metrics.jsonl"), "documents": documents, "sample": sample}
 
 
 def example_documents(corpus: data.Corpus, tokenizer: tiktoken.Encoding, limit: int = 12,
@@ -433,53 +432,45 @@ def example_documents(corpus: data.Corpus, tokenizer: tiktoken.Encoding, limit: 
 
 
 def read_curves(path: Path, limit: int = 200) -> dict[str, dict[str, list]]:
-    """metrics.jsonl as stage -> quantity -> [[step, value], ...], thinned to about `limit` points. A line that
-    is cut or damaged is passed over; without a file there are no curves."""
+    """metrics.jsonl as stage -> quantity -> [[step, value], ...], thinned to about `limit` points. Passes
+    over a line that is cut or damaged; without a file there are no curves."""
     curves = {}
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
+    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
             entry = json.loads(line)
-            for name in entry.keys() & {"loss", "lm_loss", "label_loss", "val_nll", "val_label_nats", "val_entropy"}:
-                curves.setdefault(entry["stage"], {}).setdefault(name, []).append(
-                    [int(entry["step"]), round(float(entry[name]), 5)])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue
-    return {stage: {name: points[::-(1 + len(points) // limit)][::-1] for name, points in named.items()}
-            for stage, named in curves.items()}
+            for name in CURVES:
+                if name in entry:
+                    points = curves.setdefault(entry["stage"], {}).setdefault(name, [])
+                    points.append([int(entry["step"]), round(float(entry[name]), 5)])
+    return {stage: {name: points[::-1 - len(points) // limit][::-1] for name, points in quantities.items()}
+            for stage, quantities in curves.items()}
 
 
 def label_map(run: Run) -> dict:
-    """For each label its description, its place on the centroids' first two principal components, and the
-    labels that most often follow it; and the share of the centroids' variance that the picture keeps."""
+    """Each label's description, its place on the centroids' first two principal components, and the labels
+    that most often follow it; and the share of the centroids' variance that those components keep."""
     centroids = run.labeler.centroids.cpu().double().numpy()                            # (K, E)
     left, singular, _ = np.linalg.svd(centroids - centroids.mean(0), full_matrices=False)
-    place = np.pad(left * singular, ((0, 0), (0, 1)))[:, :2]                            # (K, 2)
+    place = np.pad(left * singular, ((0, 0), (0, 1)))[:, :2].round(4)                   # (K, 2)
     counts = run.saved_labels["transitions"][:-1].double()                              # (K, K)
-    often = (counts / counts.sum(1, keepdim=True).clamp(min=1)).topk(min(3, len(counts)))
+    shares, follow = (counts / counts.sum(1, keepdim=True).clamp(min=1)).topk(min(3, len(counts)))
     keep = max(1, min(3, 1024 // len(counts)))       # typical sentences: the page stays below 2 MB
-    return {"labels": [{"x": round(x, 4), "y": round(y, 4), "size": d["size"],
-                        "words": [word[:24] for word in d["words"]],
-                        "sentences": [text[:160] for text in d["sentences"][:keep]],
-                        "next": [[label, round(share, 3)] for label, share in zip(follow, shares) if share]}
-                       for (x, y), d, follow, shares in zip(place.tolist(), run.saved_labels["descriptions"],
-                                                            often.indices.tolist(), often.values.tolist())],
-            "variance": float((singular[:2] ** 2).sum() / max((singular ** 2).sum(), 1e-12))}
-
-
-def _finite(x):
-    """x with None for NaN and infinity, which JSON has not."""
-    if isinstance(x, dict):
-        return {key: _finite(value) for key, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [_finite(value) for value in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
+    found = []
+    for label, described in enumerate(run.saved_labels["descriptions"]):
+        following = zip(follow[label].tolist(), shares[label].tolist())
+        found.append(described | {"sentences": described["sentences"][:keep], "place": place[label].tolist(),
+                                  "next": [[after, round(p, 3)] for after, p in following if p > 0]})
+    kept = np.square(singular[:2]).sum() / max(np.square(singular).sum(), 1e-12)
+    return {"labels": found, "variance": float(kept)}
 
 
 def write_report(run: Run, path: Path, corpus: data.Corpus, results: dict) -> None:
-    """Fills the template with the data. No text of a corpus can end the element that holds it."""
-    content = json.dumps(report_data(run, corpus, results), ensure_ascii=False, separators=(",", ":"))
-    template = (Path(__file__).parent / "assets" / "report.html").read_text(encoding="utf-8")
-    path.write_text(template.replace("__REPORT_DATA__", content.replace("<", "\\u003c")), encoding="utf-8")
+    """Fills the template's one marker. No text of the corpus can end the element that holds the data."""
+    content = json.dumps(report_data(run, corpus, results))
+    content = json.loads(content, parse_constant=lambda name: None)                     # JSON has no NaN
+    content = json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    template = (Path(__file__).parent / "assets" / "report.html").read_text("utf-8")
+    path.write_text(template.replace("__REPORT_DATA__", content), "utf-8")
 
 
 # --- command line -----------------------------------------------------------------------------------------
@@ -502,13 +493,13 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def one_line_errors(program: str):
-    """Bad input ends with one line and exit code 2; a traceback is for bugs alone."""
+    """Bad input ends with one line and exit code 2; a traceback is for bugs alone (or for NANOPLAN_DEBUG=1)."""
     try:
         yield
-    except (ValueError, FileNotFoundError, OSError) as error:
-        if not isinstance(error, (ValueError, OSError)) or os.environ.get("NANOPLAN_DEBUG"):
+    except (ValueError, OSError) as error:
+        if os.environ.get("NANOPLAN_DEBUG"):
             raise
-        print(f"{program}: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -217,6 +217,10 @@ class Job:
         self.dtype = self._dtype()
         self.store = data.prepare(config.data, config.tokenizer, config.vocab_size, Path(config.cache_dir))
         self.train, self.val = self.store.split("train"), self.store.split("val")
+        if config.n_labels > self.train.n_sentences:
+            raise ValueError(f"n_labels={config.n_labels}: the training split has but "
+                             f"{self.train.n_sentences} sentences; ask for fewer labels, or give more text")
+        data.batch_starts(len(self.train.tokens), config.block_size, 1, (0,), 0)         # the window fits
         resolved = {"dtype": self.dtype, "fingerprint": self.store.meta["fingerprint"]}
         self.options = dataclasses.asdict(config) | resolved
         data.save_tokenizer(self.out / "tokenizer.json", self.store.tokenizer)

@@ -1,8 +1,8 @@
-"""Data: no boundary sees the future, no byte is lost, a store is whole or absent, a window knows its
-sentences.
+"""Data: no boundary sees the future, no byte is lost, a store is whole or absent, and a window knows
+the sentences of its targets.
 
-Inputs are drawn from seeded generators. A property that would also hold of a broken implementation which
-people do write carries that implementation as its control.
+Inputs are drawn from seeded generators. Where an implementation that many write would break a property
+(a splitter that looks ahead, a planner that reads across documents), it serves as the control.
 """
 import gzip
 import hashlib
@@ -10,10 +10,12 @@ import json
 import lzma
 import random
 import re
+import shutil
 import threading
 import zipfile
 from collections import Counter, defaultdict
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+from socketserver import ThreadingTCPServer
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,10 +26,11 @@ import data
 from data import EOT, SPLITS, Corpus
 
 FRAGMENTS = [
-    "The cat sat on the mat. ", "No? ", "Yes! ", 'He said "yes." ', "e.g. ", "(see Fig. 3) ", "3.14 ", "word ",
-    "word ", "word\n", "Parameters\n----------\n", "- item one\n", ">>> f(x)\n3\n", "\n\n", "    ", " \n\r\n",
-    "a line that was wrapped at a margin, as docstrings are, goes on\n", "x" * 70, "w" * 400, "。", "！", "？",
-    "你好世界", "今天天气很好我们去公园玩。", "Привет. ", "é", "😀", "\0\x1b\t", "”", EOT]
+    "The cat sat on the mat. ", "No? ", "Yes! ", 'He said "yes." ', "e.g. ", "(see Fig. 3) ", "3.14 ",
+    "word ", "word ", "word\n", "Parameters\n----------\n", "- item one\n", ">>> f(x)\n3\n", "\n\n",
+    "    ", " \n\r\n", "a line that was wrapped at a margin, as docstrings are, goes on\n", "x" * 70,
+    "w" * 400, "。", "！", "？", "你好世界", "今天天气很好我们去公园玩。", "Привет. ", "é", "😀", "\0\x1b\t",
+    "”", EOT]
 PLANES = [(0, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF)]
 
 
@@ -41,9 +44,11 @@ def draw_text(seed, n=40):
 
 
 def draw_prose(seed, n_sentences):
+    """One line of sentences; whether it ends at a boundary is drawn, too."""
     rng = random.Random(seed)
     words = "time planner token vector label of and the a sees writes finds".split()
-    return "".join(" ".join(rng.choices(words, k=8)).capitalize() + ". " for _ in range(n_sentences)) + "\n"
+    sentences = (" ".join(rng.choices(words, k=8)).capitalize() + "." for _ in range(n_sentences))
+    return " ".join(sentences) + rng.choice(["\n", " \n"])
 
 
 TEXTS = [draw_text(seed) for seed in range(10)]
@@ -54,7 +59,7 @@ def looks_ahead(text):
     return [match.end() for match in re.finditer(rb"[.!?] (?=[A-Z]\w*\W)", text)]
 
 
-# --- sentences --------------------------------------------------------------------------------------------
+# --- sentences ------------------------------------------------------------------------------------
 
 def is_causal(boundaries, text):
     whole = boundaries(text)
@@ -62,7 +67,8 @@ def is_causal(boundaries, text):
 
 
 def test_a_boundary_depends_on_the_bytes_before_it_alone():
-    assert all(is_causal(data.boundaries, text.encode()) for text in TEXTS)
+    without_space = ["天" * 250, "a" + "😀" * 200]     # cut at HARD_BYTES, which falls within a character
+    assert all(is_causal(data.boundaries, text.encode()) for text in TEXTS + without_space)
     assert not all(is_causal(looks_ahead, text.encode()) for text in TEXTS)     # so the check can fail
 
 
@@ -87,11 +93,11 @@ def test_a_text_without_a_space_is_cut_between_characters(character):
     ["The cat sat on the mat. ", "It slept."],
     ["Is this where the cat sat?\n", "It is."],
     ['She said: "Come in, please." ', "Then she sat."],
-    ["(It calls `numpy.linalg.svd`.) ", "See there."],
+    ["It calls `numpy.linalg.svd.` ", "See there."],
     ["e.g. this is too short to be one. ", "And so on."],       # over-splitting is harmless, but rare
     ["Parameters of the function\n", "--------------------------\n", "x : int"],
     [">>> import networkx as nx\n", ">>> G = nx.path_graph(4)\n", ">>> len(G)"],
-    ["A line that is wrapped at the margin of its paragraph goes on in the\nnext one. ", "Then it ends."],
+    ["A line that is wrapped at the margin of its paragraph goes on in\nthe next. ", "Then it ends."],
     ["今天天气很好我们去公园玩。", "明天你也会来公园里玩吗？", "好"],
 ], ids=lambda sentences: sentences[0][:12].strip())
 def test_examples_of_sentences(sentences):
@@ -103,13 +109,13 @@ def test_the_end_of_the_input_is_not_a_boundary():
     assert data.boundaries(b"The cat sat on the mat. ") == [24]
 
 
-# --- tokens -----------------------------------------------------------------------------------------------
+# --- tokens ---------------------------------------------------------------------------------------
 
 def space_first_tokenizer():
     """Like GPT-2's: the space goes to the word after it, so that a token straddles most boundaries."""
     pattern = r" ?[^ \n]+|[ \n]"
     ranks = {bytes([b]): b for b in range(256)}
-    for word in re.findall(pattern, " The cat sat on the mat. No? Yes! He said word (see e.g. Fig. Parameters"):
+    for word in re.findall(pattern, " The cat sat on the mat. No? Yes! He said word (see e.g. Fig. 3)"):
         for end in range(2, len(word) + 1):
             ranks.setdefault(word[:end].encode(), len(ranks))
     return tiktoken.Encoding("space_first", pat_str=pattern, mergeable_ranks=ranks,
@@ -129,8 +135,9 @@ def draw_tokens(seed, tokenizer):
     """Text, any ids at all (so bytes that are no UTF-8), and `<|endoftext|>` anywhere."""
     rng = np.random.default_rng(seed)
     tokens = np.array(tokenizer.encode_ordinary(draw_text(seed, 15)))
-    tokens = np.insert(tokens, rng.integers(len(tokens), size=40), rng.integers(tokenizer.n_vocab, size=40))
-    return np.insert(tokens, rng.integers(len(tokens), size=6), tokenizer.eot_token)
+    for new in (rng.integers(tokenizer.n_vocab, size=40), [tokenizer.eot_token] * 6):
+        tokens = np.insert(tokens, rng.integers(len(tokens), size=len(new)), new)
+    return tokens
 
 
 def prefixes_agree(tokens, tokenizer):
@@ -159,6 +166,11 @@ def test_a_sentence_ends_with_the_token_that_holds_the_last_byte_before_its_boun
     assert straddled                                 # else this shows nothing of tokens across a boundary
 
 
+def test_token_bytes_add_up_to_the_text(tokenizer):
+    tokens = Corpus.from_texts(TEXTS, tokenizer).tokens
+    assert data.token_bytes(tokenizer)[tokens].sum() == sum(len(text.encode()) for text in TEXTS)
+
+
 def test_endoftext_closes_the_open_sentence_or_is_one_of_its_own(tokenizer):
     ended, begun = "The cat sat on the mat.\n", "The cat sat on"
     corpus = Corpus.from_texts([ended, begun, ended + begun, " \n"], tokenizer)
@@ -185,7 +197,7 @@ def test_no_sentence_or_document_depends_on_later_tokens(tokenizer):
             assert np.array_equal(prefix.documents, corpus.documents[known])
 
 
-# --- tokenizer --------------------------------------------------------------------------------------------
+# --- tokenizer ------------------------------------------------------------------------------------
 
 def test_worked_example_of_bpe():
     """Sennrich's, as in minbpe: aa is the commonest pair, then (of two, the first) aaa, then aaab."""
@@ -196,7 +208,8 @@ def test_worked_example_of_bpe():
 
 def slow_bpe(texts, vocab_size):
     """Counts all pairs anew for each merge; of equally frequent ones the first in byte order wins."""
-    words = [[bytes([b]) for b in word.encode()] for text in texts for word in re.findall(data.PATTERN, text)]
+    words = [word for text in texts for word in re.findall(data.PATTERN, text)]
+    words = [[bytes([b]) for b in word.encode()] for word in words]
     ranks = {bytes([b]): b for b in range(256)}
     while len(ranks) < vocab_size - 1:
         pairs = Counter(a + b for word in words for a, b in zip(word, word[1:]))
@@ -217,7 +230,8 @@ def test_bpe_agrees_with_counting_anew(letters):
     for seed in range(8):                            # few letters: many ties and overlaps
         rng = random.Random(seed)
         texts = ["".join(rng.choices(letters, k=40)) for _ in range(4)]
-        assert list(data.train_bpe(texts, 290).items()) == list(slow_bpe(texts, 290).items())
+        for size in (262, 400):
+            assert list(data.train_bpe(texts, size).items()) == list(slow_bpe(texts, size).items())
 
 
 def test_bpe_stops_when_no_pair_occurs_twice():
@@ -233,7 +247,7 @@ def test_encoding_loses_no_character():
 
 
 def test_pattern_means_the_same_to_re_and_to_tiktoken():
-    """With each of re's pieces a token, tiktoken gives these back only where it cuts the text likewise."""
+    """With each of re's pieces a token, tiktoken returns these only if it cuts the text likewise."""
     for text in TEXTS + [draw_text(seed, 0) for seed in range(100, 140)]:
         pieces = re.findall(data.PATTERN, text)
         assert "".join(pieces) == text
@@ -266,7 +280,7 @@ def test_a_damaged_tokenizer_is_named(tmp_path, damaged):
         data.load_tokenizer(path)
 
 
-# --- store ------------------------------------------------------------------------------------------------
+# --- store ----------------------------------------------------------------------------------------
 
 def one_line_error(path, error=ValueError):
     return pytest.raises(error, match=rf"\A[^\n]*{re.escape(str(path))}[^\n]*\Z")
@@ -277,7 +291,8 @@ def write_corpus(path, documents):
     opened = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     with opened(path, "wt", encoding="utf-8", newline="\n") as file:
         for text in documents:
-            file.write(json.dumps({"text": text}) + "\n" if ".jsonl" in path.name else f"{text}{EOT}\n")
+            line = json.dumps({"text": text}) if ".jsonl" in path.name else text + EOT
+            file.write(line + "\n")
     return path
 
 
@@ -320,12 +335,12 @@ def test_the_store_has_the_structure_that_its_tokens_have(source):
 
 def test_a_store_is_prepared_once_for_each_source_and_vocabulary(source):
     first = prepare(source)
-    files = {path: path.stat() for path in first.path.iterdir()}
+    written = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in first.path.iterdir()}
     again = prepare(source)
     assert again.path == first.path and again.meta == first.meta
-    assert {path: path.stat().st_ino for path in files} == {path: s.st_ino for path, s in files.items()}
-    assert all(path.stat().st_mtime_ns == s.st_mtime_ns for path, s in files.items())
+    assert written == {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in written}
     other = prepare(source, vocab_size=290)
+    assert (first.tokenizer.n_vocab, other.tokenizer.n_vocab) == (300, 290)
     write_corpus(source, DOCUMENTS[1:])
     assert len({first.path, other.path, prepare(source).path}) == 3
 
@@ -354,6 +369,18 @@ def test_an_interrupted_preparation_leaves_nothing_that_looks_finished(source, k
     assert sum(len(store.split(split).documents) - 2 for split in SPLITS) == len(DOCUMENTS)
 
 
+def test_of_two_runs_that_prepare_the_same_store_the_quicker_one_wins(source, monkeypatch):
+    write = data._write_store
+
+    def overtaken(working, *arguments):
+        write(working, *arguments)
+        shutil.copytree(working, working.with_suffix("").with_suffix(""))       # NAME.PID.tmp -> NAME
+
+    monkeypatch.setattr(data, "_write_store", overtaken)
+    store = prepare(source)
+    assert list(store.path.parent.iterdir()) == [store.path]
+
+
 @pytest.mark.parametrize("kind", ["tokens", "sentences", "documents"])
 def test_a_truncated_store_is_named(source, kind):
     store = prepare(source)
@@ -373,7 +400,7 @@ def test_a_damaged_description_of_a_store_is_named(source):
         prepare(source)
 
 
-# --- corpora ----------------------------------------------------------------------------------------------
+# --- corpora --------------------------------------------------------------------------------------
 
 def splits_of_each(path):
     found = defaultdict(set)
@@ -389,12 +416,13 @@ def test_copies_fall_on_one_side_unless_the_corpus_is_small(tmp_path):
     found = splits_of_each(large)
     assert {len(splits) for splits in found.values()} == {1}
     assert set.union(*found.values()) == set(SPLITS)
-    small = write_corpus(tmp_path / "small.jsonl", DOCUMENTS + DOCUMENTS[::-1])  # dealt in turn: the control
-    assert max(len(splits) for splits in splits_of_each(small).values()) > 1
+    small = write_corpus(tmp_path / "small.jsonl", DOCUMENTS + DOCUMENTS[::-1])
+    assert max(len(splits) for splits in splits_of_each(small).values()) > 1    # so the check can fail
 
 
-# BUG in data.py: the size is counted in bytes, the pieces in characters, and a piece may have twice the
-# limit; so val and test stay empty for one Chinese document, and get one piece each for one Russian.
+# BUG in data.py: the size is counted in bytes, the pieces in characters, and a piece may have twice
+# the limit; so val and test stay empty for one Chinese or Russian document, and hold one piece of an
+# English one.
 @pytest.mark.parametrize("letters", ["abc", "абв", "天地人"])
 def test_a_single_document_is_dealt_to_every_split(tmp_path, letters):
     for seed in range(5):
@@ -421,8 +449,8 @@ BROKEN = {
     "empty.txt": b"",
     "blank.txt": b" \n" * 1000,
     "one_sentence.txt": b"One sentence is not a corpus.\n",
-    # BUG in data.py: accepted, cut into 61 documents of one character
-    "one_long_sentence.txt": b"This file holds a single sentence and nothing else, whatever its length.\n",
+    # BUG in data.py: accepted, cut into 59 documents of one character
+    "one_long_sentence.txt": b"This file holds a single sentence, and is no corpus for all its length.\n",
     "latin1.txt": "Un café et un thé.\n".encode("latin-1") * 100,
     "late_latin1.txt": b"Un cafe et un the.\n" * 50_000 + b"\xe9",
     "broken.jsonl": b'{"text": "Well."}\n{"text": "We\n',
@@ -464,6 +492,18 @@ def test_a_missing_file_and_an_empty_folder_are_named(tmp_path, name):
 def test_a_folder_with_the_name_of_a_file_is_walked(tmp_path):
     path = write_corpus(tmp_path / "stories.txt" / "a.txt", DOCUMENTS)
     assert data.corpus_files(tmp_path) == [path]
+
+
+# BUG in data.py: below 560 bytes a line is read in pieces too short to hold the separator
+@pytest.mark.parametrize("n", [1, 10, 100])
+def test_a_line_endoftext_separates_documents_in_a_file_of_any_size(tmp_path, n):
+    path = write_corpus(tmp_path / "a.txt", ["Well.\n"] * n)
+    assert [text for _, text in data.documents(str(path), tmp_path)] == ["Well.\n"] * n
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("Well.\n", encoding="utf-8-sig")
+    assert list(data.read_documents(tmp_path / "a.txt")) == ["Well.\n"]
 
 
 def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path):
@@ -518,7 +558,7 @@ def test_an_article_of_wikitext_is_one_document(tmp_path):
     assert found == [(split, text) for split in SPLITS for text in articles]
 
 
-# --- download ---------------------------------------------------------------------------------------------
+# --- download -------------------------------------------------------------------------------------
 
 BODY = random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -551,11 +591,11 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+    with ThreadingTCPServer(("127.0.0.1", 0), Handler) as http:
         http.asked, http.moods = [], []
         thread = threading.Thread(target=http.serve_forever, args=(0.01,))
         thread.start()
-        url = f"http://127.0.0.1:{http.server_port}/file.bin"
+        url = f"http://127.0.0.1:{http.server_address[1]}/file.bin"
         yield SimpleNamespace(url=url, asked=http.asked, moods=http.moods, folder=tmp_path / "cache")
         http.shutdown()
         thread.join()
@@ -601,8 +641,9 @@ def test_a_download_that_ended_before_it_was_moved_is_not_repeated(server):
     assert server.asked == []
 
 
-@pytest.mark.parametrize("size, sha256", [(len(BODY), "0" * 64), (len(BODY) - 1, SHA256),
-                                          (len(BODY) + 1, SHA256)], ids=["sha256", "longer", "shorter"])
+@pytest.mark.parametrize("size, sha256", [
+    (len(BODY), "0" * 64), (len(BODY) - 1, SHA256), (len(BODY) + 1, SHA256),
+], ids=["other", "longer", "shorter"])
 def test_a_download_that_is_not_what_was_expected_is_refused(server, size, sha256):
     with one_line_error(server.url):
         fetch(server, size, sha256)
@@ -615,12 +656,13 @@ def test_a_server_that_is_not_there_is_named(tmp_path, monkeypatch):
         data.download("http://127.0.0.1:9/file.bin", 1, SHA256, tmp_path)
 
 
-# --- batches ----------------------------------------------------------------------------------------------
+# --- batches --------------------------------------------------------------------------------------
 
 def test_an_epoch_visits_disjoint_windows_once_in_an_order_of_its_own():
     length, width, n = 1003, 10, 99                  # n: one window less than fit, for the offset
     steps = [data.batch_starts(length, width, 6, (3, 1), step) for step in range(33)]
     epochs = np.concatenate(steps).reshape(2, n)     # one step takes rows from both
+    assert epochs[0].min() != epochs[1].min()        # the windows do not lie where they lay
     for starts in epochs:
         ordered = np.sort(starts)
         assert (np.diff(ordered) == width).all()
@@ -677,9 +719,9 @@ def test_targets_are_the_next_tokens_and_unknown_beyond_the_end():
     for corpus, starts, width, *_ in DRAWS:
         batch = data.window_batch(corpus, starts, width)
         at = starts[:, None] + np.arange(width)
-        assert np.array_equal(batch.tokens, np.pad(corpus.tokens, (0, width))[at])
+        assert np.array_equal(batch.tokens, np.append(corpus.tokens, [0] * width)[at])
         # BUG in data.py: of the targets beyond the end all but the last are 0
-        assert np.array_equal(batch.targets, np.pad(corpus.tokens, (0, width), constant_values=-1)[at + 1])
+        assert np.array_equal(batch.targets, np.append(corpus.tokens, [-1] * width)[at + 1])
 
 
 def test_sentence_id_is_the_slot_of_the_sentence_that_holds_the_target():
@@ -704,8 +746,8 @@ def planner_sees(batch, row, slot):
 
 def may_see(corpus, start, low, j, view):
     """The sentences that sentence j may be planned from, by the definition."""
-    begun = corpus.documents[corpus.documents <= j].max()
-    return [i for i in range(low, j) if i >= begun and (view == "document" or corpus.sentences[i] >= start)]
+    begun = max(low, corpus.documents[corpus.documents <= j].max())
+    return [i for i in range(begun, j) if view == "document" or corpus.sentences[i] >= start]
 
 
 def sees_what_it_may(batch, corpus, starts, width, reach, view):
@@ -743,7 +785,8 @@ def test_a_row_of_sentences_starts_anew_with_each_document():
         numbers, starts = np.arange(corpus.n_sentences), np.array([0, 7, corpus.n_sentences - 12])
         batch = data.sentence_batch(corpus, starts, 12, numbers[:, None] + 1.0, numbers)
         expected = starts[:, None] + np.arange(12)
-        assert np.array_equal(batch.labels, expected) and np.array_equal(batch.vectors[..., 0], expected + 1)
+        assert np.array_equal(batch.labels, expected)
+        assert np.array_equal(batch.vectors[..., 0], expected + 1)
         opens = np.isin(expected, corpus.documents)
         opens[:, 0] = True                           # the row's own first sentence has nothing before it
         assert np.array_equal(batch.first, opens)

@@ -315,7 +315,7 @@ def test_the_readme_commands_run(corpus, tmp_path):
     (["--batch_size=0"], "batch_size=0: must be above 0"),
     (["--data=/no/such/file"], "data=/no/such/file does not exist"),
     (["--device=tpu"], "device=tpu is not available: this machine has"),
-    (["--n_labels=100000"], "n_labels=100000 must lie between 1 and"),
+    (["--n_labels=100000"], "n_labels=100000: the training split has but"),
     (["--block_size=100000"], "a window of 100000 is too long"),
 ])
 def test_bad_options_end_in_one_line_and_exit_code_2(arguments, message, corpus, tmp_path, capsys):
