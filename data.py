@@ -16,6 +16,7 @@ import functools
 import gzip
 import hashlib
 import heapq
+import http.client
 import importlib.metadata
 import importlib.util
 import io
@@ -24,7 +25,6 @@ import lzma
 import os
 import re
 import shutil
-import urllib.error
 import urllib.request
 import warnings
 import zipfile
@@ -53,7 +53,7 @@ MIN_BYTES, SOFT_BYTES, HARD_BYTES = 24, 240, 320     # of a sentence; from SOFT 
 # lines wrapped at a margin are longer); a full-width stop.
 STOP = re.compile(rb"""[ \n](?<=[.!?].)|[ \n](?<=[.!?]["')\]`*].)|\n(?<![^\n]{60}\n)"""
                   rb"""|\xe3\x80\x82|\xef\xbc[\x81\x9f]""", re.DOTALL)
-SPACE = re.compile(rb"[ \n]")
+SPACE = re.compile(rb"[ \n]|\xe3\x80\x82|\xef\xbc[\x81\x9f]")
 
 
 def _character_end(data: bytes, position: int) -> int:
@@ -187,11 +187,11 @@ def load_tokenizer(path: Path) -> tiktoken.Encoding:
     """Reads the file of `save_tokenizer`. Raises ValueError where it is damaged."""
     try:
         saved = json.loads(path.read_text())
-        if saved["name"] == "gpt2":
-            return gpt2_tokenizer()
-        return bpe_tokenizer({bytes.fromhex(token): rank for rank, token in enumerate(saved["ranks"])})
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        if saved["name"] != "gpt2":
+            return bpe_tokenizer({bytes.fromhex(token): rank for rank, token in enumerate(saved["ranks"])})
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete its folder and run train.py again") from None
+    return gpt2_tokenizer()
 
 
 def gpt2_tokenizer() -> tiktoken.Encoding:
@@ -248,7 +248,7 @@ def _file_docstrings(path: Path) -> list[str]:
         node = todo.pop()
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             found.append(ast.get_docstring(node) or "")
-        for block in ("body", "orelse", "handlers", "finalbody"):
+        for block in ("body", "orelse", "handlers", "finalbody", "cases"):
             nested = getattr(node, block, [])        # a conditional expression's body is no list
             todo += nested if isinstance(nested, list) else []
     return [text for text in found if len(text) >= 200]
@@ -282,7 +282,8 @@ def corpus_files(path: Path) -> list[Path]:
                                 f"{' or '.join(DOWNLOADS)}")
     if path.is_file():
         return [path]
-    files = sorted(f for f in path.rglob("*") if re.search(r"\.(txt|jsonl)(\.gz|\.xz)?$", f.name))
+    files = sorted(f for f in path.rglob("*")
+                   if f.is_file() and re.search(r"\.(txt|jsonl)(\.gz|\.xz)?$", f.name))
     if not files:
         raise FileNotFoundError(f"data={path} holds no .txt or .jsonl file (also as .gz or .xz)")
     return files
@@ -315,7 +316,7 @@ def read_documents(path: Path, limit: int = 1 << 62) -> Iterator[str]:
             return
         parts, size = [], 0
         while line := text.readline(min(limit, 1 << 20)):      # bounded: a line may have no end
-            if line.strip() == EOT or size >= limit:
+            if line.strip() == EOT or size + len(line) > limit:
                 yield "".join(parts)
                 parts, size = [], 0
             if line.strip() != EOT:
@@ -344,12 +345,9 @@ def _cut(text: str, limit: int) -> Iterator[str]:
 def _split_files(files: list[Path]) -> Iterator[tuple[str, str]]:
     """90/5/5 by a hash of the text, so that copies fall on one side. A corpus of a few documents is cut into
     at least 40 pieces and dealt out in turn, so that no split is left empty."""
-    total = 0
-    for path in files:
-        with _reading(path), _open(path) as file:
-            total += sum(len(block) for block in iter(lambda: file.read(1 << 20), b""))
+    total = sum(len(text) for path in files for text in read_documents(path, 1 << 20))
     small = total < 4 << 20
-    limit = min(max(total // (40 if small else 400), 1), 1 << 20)
+    limit = min(max(total // (40 if small else 400), MIN_BYTES), 1 << 20)
     texts = (text for path in files for text in read_documents(path, limit) if text.strip())
     for i, text in enumerate(texts):
         yield {18: "val", 19: "test"}.get((i if small else _hash(text)) % 20, "train"), text
@@ -388,7 +386,7 @@ def download(url: str, size: int, sha256: str, folder: Path) -> Path:
                     while block := response.read(1 << 20):
                         file.write(block)
                         bar.update(len(block))
-        except (OSError, urllib.error.URLError) as error:
+        except (OSError, http.client.HTTPException) as error:
             raise ValueError(f"download of {url} broke off ({error}): run again to continue") from None
     with open(part, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -472,6 +470,7 @@ def prepare(name: str, tokenizer: str, vocab_size: int, cache_dir: Path) -> Stor
     path = cache_dir / f"{Path(name).name}-{key}"
     if not (path / "meta.json").exists():
         working = cache_dir / f"{path.name}.{os.getpid()}.tmp"
+        shutil.rmtree(working, ignore_errors=True)   # of a killed process that had the same id
         working.mkdir(parents=True)
         try:
             _write_store(working, name, tokenizer, vocab_size, cache_dir)
@@ -481,8 +480,8 @@ def prepare(name: str, tokenizer: str, vocab_size: int, cache_dir: Path) -> Stor
             shutil.rmtree(working, ignore_errors=True)
     try:
         meta = json.loads((path / "meta.json").read_text())
-    except ValueError:
-        raise ValueError(f"{path / 'meta.json'} is damaged: delete {path} and run again") from None
+    except (OSError, ValueError):
+        raise ValueError(f"{path / 'meta.json'} is missing or damaged: delete {path} and run again") from None
     return Store(path, load_tokenizer(path / "tokenizer.json"), meta)
 
 
@@ -614,13 +613,9 @@ def window_batch(corpus: Corpus, starts: np.ndarray, width: int, vectors: np.nda
     The planner may look back `reach` sentences before the window, within the document; with
     view="window" only at sentences that lie wholly in the window's inputs."""
     at = starts[:, None] + np.arange(width + 1)                     # (B, T+1)
-    if at[:, -1].max() >= len(corpus.tokens):        # the last target of a text may not be known yet
-        known = np.minimum(at, len(corpus.tokens) - 1)
-        tokens = np.where(at < len(corpus.tokens), corpus.tokens[known].astype(np.int64), -1)
-        tokens[:, :-1] = np.maximum(tokens[:, :-1], 0)
-    else:
-        tokens = corpus.tokens[at].astype(np.int64)
-    batch = Batch(torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(tokens[:, 1:].copy()))
+    known = np.minimum(at, len(corpus.tokens) - 1)   # targets beyond the end of the text are unknown
+    tokens = np.where(at < len(corpus.tokens), corpus.tokens[known].astype(np.int64), -1)
+    batch = Batch(torch.from_numpy(tokens[:, :-1].clip(0)), torch.from_numpy(tokens[:, 1:].copy()))
     if vectors is None:
         return batch
 

@@ -415,7 +415,7 @@ def report_data(run: Run, corpus: data.Corpus, results: dict) -> dict:
         prompt = run.tokenizer.decode(shown.tokens[1:shown.sentences[2]].tolist()).removesuffix(data.EOT)
         sample = {"plan": writers[-1], "sentences": list(
             generate(run, writers[-1], prompt, 160, temperature=0.8, top_k=50, seed=0))}
-    options = {name: c[name] for name in c.keys() - {"cache_dir", "out_dir", "versions"}}
+    options = {name: value for name, value in c.items() if name not in ("cache_dir", "out_dir", "versions")}
     return {"results": results, "config": options | {"data": Path(c["data"]).name}, **label_map(run),
             "curves": read_curves(run.out_dir / "metrics.jsonl"), "documents": documents, "sample": sample}
 

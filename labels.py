@@ -155,11 +155,13 @@ def _rows(x, index, device) -> torch.Tensor:
 
 
 def _nearest(x: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (n, E) -> (n,) index of the nearest centroid, and (n,) |x - c|^2 - |x|^2."""
-    # |x - c|^2 = |x|^2 - 2 x.c + |c|^2, whose first term is the same for all c
-    distance = torch.addmm(centroids.square().sum(1), x, centroids.T, alpha=-2)         # (n, K)
-    nearest = distance.min(1)
-    return nearest.indices, nearest.values
+    """x (n, E) -> (n,) index of the nearest centroid, and (n,) its squared distance."""
+    # |x - c|^2 = |x|^2 - 2 x.c + |c|^2, whose first term is the same for all c; it loses digits far from
+    # the origin, so that is moved amidst the centroids first
+    middle = centroids.mean(0)
+    x, c = x - middle, centroids - middle
+    label = torch.addmm(c.square().sum(1), x, c.T, alpha=-2).argmin(1)                  # of (n, K)
+    return label, (x - c[label]).square().sum(1)
 
 
 def _plus_plus(x: torch.Tensor, k: int, generator: torch.Generator) -> torch.Tensor:
@@ -226,21 +228,17 @@ def _lloyd_pass(x, centroids):
     (k, E), device = centroids.shape, centroids.device
     counts = torch.zeros(k, dtype=torch.float64, device=device)
     sums = torch.zeros(k, E, dtype=torch.float64, device=device)
-    labels, distances, norms = [], [], 0.0
+    labels, distances = [], []
     size = max(1024, (1 << 23) // k)
     for i in range(0, len(x), size):
         chunk = _rows(x, slice(i, i + size), device)
         label, distance = _nearest(chunk, centroids)
-        square = chunk.square().sum(1)
-        norms += float(square.sum(dtype=torch.float64))
         counts += torch.bincount(label, minlength=k)
         sums += torch.zeros_like(centroids).index_add_(0, label, chunk)
         labels.append(label)
-        distances.append(distance + square)
-    # sum |x - c|^2 = sum |x|^2 - 2 sum_k c_k . sums_k + sum_k n_k |c_k|^2, in float64
-    c = centroids.double()
-    inertia = norms - 2 * float((c * sums).sum()) + float((counts * c.square().sum(1)).sum())
-    return torch.cat(labels), counts, sums, max(inertia, 0.0), torch.cat(distances)
+        distances.append(distance)
+    distances = torch.cat(distances)
+    return torch.cat(labels), counts, sums, float(distances.sum(dtype=torch.float64)), distances
 
 
 def _mini_batch(x, centroids, iters: int, generator, size: int = 1 << 14):
@@ -298,17 +296,17 @@ def describe(labeler: Labeler, corpus: Corpus, vectors: np.ndarray, labels: np.n
     everywhere, within = Counter(), [Counter() for _ in range(k)]
     sentences = [[] for _ in range(k)]
     for j in np.lexsort((-near, labels[:n])):        # by label, the most typical first
-        text = tokenizer.decode(corpus.tokens[corpus.sentences[j]:corpus.sentences[j + 1]].tolist())
+        tokens = corpus.tokens[corpus.sentences[j]:corpus.sentences[j + 1]].tolist()
+        text = tokenizer.decode([t for t in tokens if t != tokenizer.eot_token])
         words = set(re.findall(r"[^\W\d_]{3,}", text.lower()))
         everywhere.update(words)
         within[labels[j]].update(words)
         text = " ".join(text.split())
-        if len(sentences[labels[j]]) < 3 and text not in sentences[labels[j]]:
+        if text and len(sentences[labels[j]]) < 3 and text not in sentences[labels[j]]:
             sentences[labels[j]].append(text)
 
     def characteristic(label):                       # frequent here, and seldom elsewhere
-        score = {w: c * math.log((c / everywhere[w]) / ((sizes[label] + 1) / (len(labels) + 1)) + 1e-9)
-                 for w, c in within[label].items()}
+        score = {w: c / (everywhere[w] + 10) * math.log1p(c) for w, c in within[label].items()}
         return sorted(score, key=lambda w: (-score[w], w))[:6]
 
     return [{"size": int(sizes[j]), "words": characteristic(j), "sentences": sentences[j]} for j in range(k)]

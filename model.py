@@ -46,8 +46,9 @@ def mix_labels(logits: torch.Tensor, label_emb: torch.Tensor, plan: str, labels:
 
 
 def _gumbel_noise(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    uniform = torch.rand(logits.shape, generator=generator, device=generator.device).to(logits)
-    return -(-uniform.clamp(1e-6, 1 - 1e-6).log()).log()
+    # in float32 whatever the logits are: in bfloat16, 1 - 1e-6 is 1, and the noise infinite
+    uniform = torch.rand(logits.shape, generator=generator, device=generator.device).clamp(1e-6, 1 - 1e-6)
+    return -(-uniform.log()).log().to(logits)
 
 
 class Cache:
