@@ -1,14 +1,15 @@
 """Corpora, causal sentences, the tokenizer, the store on disk, and batches (DESIGN step 1).
 
 Three decisions shape this file.
-- A sentence boundary is a function of the bytes before it, never of those after it. A splitter that looks
-  ahead tells the model, by the moment at which the plan changes, what the next token will be.
-- Our tokenizer glues a space to the word *before* it ("end. " + "Next "), so that the boundary after
-  "end. " falls between two tokens. GPT-2's glues it to the word after, which then closes the old sentence.
+- A sentence boundary is a function of the bytes before it, never of those after it. A splitter that
+  looks ahead tells the model, by the moment at which the plan changes, what the next token will be.
+- Our tokenizer glues a space to the word *before* it ("end. " + "Next "), so that the
+  boundary after "end. " falls between two tokens. GPT-2's glues it to the word after, which
+  then closes the old sentence.
 - Nothing here holds a corpus in memory: preparation streams, training reads memory maps.
 
-A stream of tokens is `<|endoftext|> document <|endoftext|> document <|endoftext|> ...`; the sentence and
-document structure of any stream follows from its tokens alone (`Corpus.from_tokens`).
+A stream of tokens is `<|endoftext|> document <|endoftext|> document <|endoftext|> ...`; the
+sentence and document structure of any stream follows from its tokens alone (`Corpus.from_tokens`).
 """
 import ast
 import contextlib
@@ -44,13 +45,13 @@ from tqdm import tqdm
 EOT = "<|endoftext|>"
 SPLITS = ("train", "val", "test")
 
-# --- sentences --------------------------------------------------------------------------------------------
+# --- sentences ------------------------------------------------------------------------------------
 
-MIN_BYTES, SOFT_BYTES, HARD_BYTES = 24, 240, 320     # of a sentence; from SOFT on, any space will do
-# Each alternative ends at the byte that it consumes and looks only backwards, so the leftmost match is also
-# the first boundary, whatever follows. In order: a space after a stop; the same with a closing quote or
-# bracket between; the end of a line shorter than 60 bytes (a heading, list item, doctest or verse, for
-# lines wrapped at a margin are longer); a full-width stop.
+MIN_BYTES, SOFT_BYTES, HARD_BYTES = 24, 240, 320  # of a sentence; from SOFT on, any space will do
+# Each alternative ends at the byte that it consumes and looks only backwards, so the leftmost match
+# is also the first boundary, whatever follows. In order: a space after a stop; the same with a
+# closing quote or bracket between; the end of a line shorter than 60 bytes (a heading, list item,
+# doctest or verse, for lines wrapped at a margin are longer); a full-width stop.
 STOP = re.compile(rb"""[ \n](?<=[.!?].)|[ \n](?<=[.!?]["')\]`*].)|\n(?<![^\n]{60}\n)"""
                   rb"""|\xe3\x80\x82|\xef\xbc[\x81\x9f]""", re.DOTALL)
 SPACE = re.compile(rb"[ \n]|\xe3\x80\x82|\xef\xbc[\x81\x9f]")
@@ -59,7 +60,7 @@ SPACE = re.compile(rb"[ \n]|\xe3\x80\x82|\xef\xbc[\x81\x9f]")
 def _character_end(data: bytes, position: int) -> int:
     """The first position at or after `position` at which no UTF-8 character is cut in two."""
     for lead in range(position - 1, max(position - 4, -1), -1):
-        if data[lead] >= 0xC0:                       # a lead byte says how many bytes its character has
+        if data[lead] >= 0xC0:                   # a lead byte says how many bytes its character has
             return max(position, lead + (2 if data[lead] < 0xE0 else 3 if data[lead] < 0xF0 else 4))
         if data[lead] < 0x80:
             break
@@ -88,8 +89,9 @@ def segment(text: str) -> list[str]:
 
 
 def sentence_ends(tokens: np.ndarray, tokenizer: tiktoken.Encoding) -> np.ndarray:
-    """tokens (T,) -> bool (T,): whether a sentence ends with each token. Causal: a boundary belongs to the
-    token that holds its last byte, `<|endoftext|>` always ends one, and the end of the input never does."""
+    """tokens (T,) -> bool (T,): whether a sentence ends with each token. Causal: a boundary
+    belongs to the token that holds its last byte, `<|endoftext|>` always ends one, and the end of
+    the input never does."""
     tokens = np.asarray(tokens, dtype=np.int64)
     ends = tokens == tokenizer.eot_token
     start = 0
@@ -110,26 +112,29 @@ def token_bytes(tokenizer: tiktoken.Encoding) -> np.ndarray:
     return np.array(sizes, dtype=np.int64)
 
 
-# --- tokenizer --------------------------------------------------------------------------------------------
+# --- tokenizer ------------------------------------------------------------------------------------
 
-# A word, number or run of signs with the space after it; a line end with the next line's indentation. Plain
-# character ranges mean the same to Python's re and to tiktoken's; bounds keep the longest piece short.
+# A word, number or run of signs with the space after it; a line end with the next line's
+# indentation. Plain character ranges mean the same to Python's re and to tiktoken's; bounds keep
+# the longest piece short.
 PATTERN = (r"[A-Za-z\u0080-\U0010FFFF]{1,40} ?|[0-9]{1,3} ?|\n{1,8} {0,40}| {1,40}"
            r"|[^A-Za-z0-9\u0080-\U0010FFFF \n]{1,16} ?")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
-    """Byte-level BPE: merges the most frequent pair of neighbours until there are vocab_size - 1 tokens
-    (one id is left for `<|endoftext|>`), or no pair occurs twice. Returns token -> rank, for tiktoken.
+    """Byte-level BPE: merges the most frequent pair of neighbours until there are vocab_size - 1
+    tokens (one id is left for `<|endoftext|>`), or no pair occurs twice.
+    Returns token -> rank, for tiktoken.
 
-    A pair is identified by its concatenation, as tiktoken does. Each merge touches only the words that
-    contain it; stale heap entries are skipped when they surface. Source: Sennrich et al., arXiv 1508.07909.
+    A pair is identified by its concatenation, as tiktoken does. Each merge touches only the
+    words that contain it; stale heap entries are skipped when they surface.
+    Source: Sennrich et al., arXiv 1508.07909.
     """
     counts = Counter()
     for text in texts:
         counts.update(re.findall(PATTERN, text))
     words = [([bytes([b]) for b in word.encode()], n) for word, n in counts.items()]
-    pairs, where = Counter(), defaultdict(set)       # concatenation -> frequency, -> indices of words
+    pairs, where = Counter(), defaultdict(set)   # concatenation -> frequency, -> indices of words
     for i, (word, n) in enumerate(words):
         for a, b in zip(word, word[1:]):
             pairs[a + b] += n
@@ -160,7 +165,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
 
 
 def _merge(word: list[bytes], token: bytes) -> list[bytes]:
-    """The word with each neighbouring pair that makes up the token replaced by it, from the left."""
+    """The word with each neighbouring pair that makes up the token replaced by it,
+    from the left."""
     merged, i = [], 0
     while i < len(word):
         pair = i + 1 < len(word) and word[i] + word[i + 1] == token
@@ -176,7 +182,8 @@ def bpe_tokenizer(ranks: dict[bytes, int]) -> tiktoken.Encoding:
 
 
 def save_tokenizer(path: Path, tokenizer: tiktoken.Encoding) -> None:
-    """Writes what `load_tokenizer` reads: the name of a tokenizer of tiktoken's, or our ranks as hex."""
+    """Writes what `load_tokenizer` reads: the name of a tokenizer of tiktoken's,
+    or our ranks as hex."""
     ranks = []
     if tokenizer.name != "gpt2":
         ranks = [tokenizer.decode_single_token_bytes(t).hex() for t in range(tokenizer.n_vocab - 1)]
@@ -188,9 +195,11 @@ def load_tokenizer(path: Path) -> tiktoken.Encoding:
     try:
         saved = json.loads(path.read_text())
         if saved["name"] != "gpt2":
-            return bpe_tokenizer({bytes.fromhex(token): rank for rank, token in enumerate(saved["ranks"])})
+            ranks = {bytes.fromhex(token): rank for rank, token in enumerate(saved["ranks"])}
+            return bpe_tokenizer(ranks)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete its folder and run train.py again") from None
+        raise ValueError(f"{path} is damaged ({error}): "
+                         "delete its folder and run train.py again") from None
     return gpt2_tokenizer()
 
 
@@ -203,14 +212,16 @@ def gpt2_tokenizer() -> tiktoken.Encoding:
                          f"TIKTOKEN_CACHE_DIR to its files ({type(error).__name__})") from None
 
 
-# --- corpora ----------------------------------------------------------------------------------------------
+# --- corpora --------------------------------------------------------------------------------------
 
 DOCSTRING_PACKAGES = ("torch", "sympy", "networkx", "numpy")
 HUB = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-"
 DOWNLOADS = {                                        # name -> [(address, bytes, sha256)]
     "tinystories": [
-        (HUB + "train.txt", 2_227_753_162, "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443"),
-        (HUB + "valid.txt", 22_502_601, "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d")],
+        (HUB + "train.txt", 2_227_753_162,
+         "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443"),
+        (HUB + "valid.txt", 22_502_601,
+         "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d")],
     "wikitext103": [
         ("https://wikitext.smerity.com/wikitext-103-raw-v1.zip", 191_984_949,
          "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794")],
@@ -218,8 +229,9 @@ DOWNLOADS = {                                        # name -> [(address, bytes,
 
 
 def documents(name: str, cache_dir: Path) -> Iterator[tuple[str, str]]:
-    """Yields (split, text) for each document of a corpus: `docstrings`, a name in DOWNLOADS, or a path.
-    Raises FileNotFoundError or ValueError for a source that is missing, empty or can't be decoded."""
+    """Yields (split, text) for each document of a corpus: `docstrings`, a name in
+    DOWNLOADS, or a path. Raises FileNotFoundError or ValueError for a source that is
+    missing, empty or can't be decoded."""
     if name == "docstrings":
         yield from _docstrings()
     elif name == "tinystories":
@@ -237,11 +249,12 @@ def _hash(text: str) -> int:
 
 
 def _file_docstrings(path: Path) -> list[str]:
-    """The docstrings of a Python file, wherever a class or function may be defined. Nothing is imported."""
+    """The docstrings of a Python file, wherever a class or function may be defined.
+    Nothing is imported."""
     with warnings.catch_warnings(action="ignore"):   # old sources hold invalid escapes
         try:
             todo = [ast.parse(path.read_bytes())]
-        except (SyntaxError, ValueError):            # a template, or syntax newer than this Python's
+        except (SyntaxError, ValueError):        # a template, or syntax newer than this Python's
             return []
     found = []
     while todo:
@@ -255,7 +268,8 @@ def _file_docstrings(path: Path) -> list[str]:
 
 
 def _docstrings() -> Iterator[tuple[str, str]]:
-    """Docstrings of the packages in requirements.txt, shuffled by their hash; one file, one split."""
+    """Docstrings of the packages in requirements.txt, shuffled by their hash;
+    one file, one split."""
     files = []
     for package in DOCSTRING_PACKAGES:
         spec = importlib.util.find_spec(package)     # finds, does not import
@@ -265,10 +279,12 @@ def _docstrings() -> Iterator[tuple[str, str]]:
         root = Path(spec.submodule_search_locations[0])
         files += [(path.relative_to(root.parent).as_posix(), path) for path in root.rglob("*.py")]
     unique = {}
-    # Spawned, not forked: torch's threads may be running. Parsing is most of the preparation's time.
+    # Spawned, not forked: torch's threads may be running.
+    # Parsing is most of the preparation's time.
     with ProcessPoolExecutor(min(4, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
         paths = [path for _, path in sorted(files)]
-        for (relative, _), texts in zip(sorted(files), pool.map(_file_docstrings, paths, chunksize=64)):
+        parsed = pool.map(_file_docstrings, paths, chunksize=64)
+        for (relative, _), texts in zip(sorted(files), parsed):
             split = {18: "val", 19: "test"}.get(_hash(relative) % 20, "train")
             for text in texts:
                 unique.setdefault(_hash(text), (split, text))
@@ -343,8 +359,8 @@ def _cut(text: str, limit: int) -> Iterator[str]:
 
 
 def _split_files(files: list[Path]) -> Iterator[tuple[str, str]]:
-    """90/5/5 by a hash of the text, so that copies fall on one side. A corpus of a few documents is cut into
-    at least 40 pieces and dealt out in turn, so that no split is left empty."""
+    """90/5/5 by a hash of the text, so that copies fall on one side. A corpus of a few documents is
+    cut into at least 40 pieces and dealt out in turn, so that no split is left empty."""
     total = sum(len(text) for path in files for text in read_documents(path, 1 << 20))
     small = total < 4 << 20
     limit = min(max(total // (40 if small else 400), MIN_BYTES), 1 << 20)
@@ -367,8 +383,14 @@ def _wikitext(archive: Path) -> Iterator[tuple[str, str]]:
             yield split, "".join(parts)
 
 
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def download(url: str, size: int, sha256: str, folder: Path) -> Path:
-    """Fetches a file once: continues a cut download, checks bytes and sha256, then moves it into place."""
+    """Fetches a file once: continues a cut download, checks bytes and sha256,
+    then moves it into place."""
     path = folder / url.rsplit("/", 1)[-1]
     if path.exists():
         return path
@@ -377,7 +399,8 @@ def download(url: str, size: int, sha256: str, folder: Path) -> Path:
     have = part.stat().st_size if part.exists() else 0
     if have < size:
         # wikitext.smerity.com refuses urllib's own name
-        request = urllib.request.Request(url, headers={"User-Agent": "nanoplan", "Range": f"bytes={have}-"})
+        headers = {"User-Agent": "nanoplan", "Range": f"bytes={have}-"}
+        request = urllib.request.Request(url, headers=headers)
         try:
             with urllib.request.urlopen(request, timeout=60) as response:
                 have = have if response.status == 206 else 0         # a server may ignore the range
@@ -387,26 +410,29 @@ def download(url: str, size: int, sha256: str, folder: Path) -> Path:
                         file.write(block)
                         bar.update(len(block))
         except (OSError, http.client.HTTPException) as error:
-            raise ValueError(f"download of {url} broke off ({error}): run again to continue") from None
-    with open(part, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+            raise ValueError(f"download of {url} broke off ({error}): "
+                             "run again to continue") from None
+    digest = _sha256(part)
     if (got := part.stat().st_size) < size:
-        raise ValueError(f"download of {url} broke off at {got} of {size} bytes: run again to continue")
+        raise ValueError(f"download of {url} broke off at {got} of {size} bytes: "
+                         "run again to continue")
     if got != size or digest != sha256:
         part.unlink()
-        raise ValueError(f"{url} has changed: {got} bytes, sha256 {digest}; expected {size}, {sha256}")
+        raise ValueError(f"{url} has changed: {got} bytes, sha256 {digest}; "
+                         f"expected {size}, {sha256}")
     os.replace(part, path)
     return path
 
 
-# --- store ------------------------------------------------------------------------------------------------
+# --- store ----------------------------------------------------------------------------------------
 
 @dataclass
 class Corpus:
     """A stream of tokens with its structure. All arrays may be memory maps.
 
     tokens    (N,)   ids; the first is `<|endoftext|>`, as is the one that closes each document
-    sentences (n+1,) where each sentence starts, in tokens; the last one is not finished (it may be empty)
+    sentences (n+1,) where each sentence starts, in tokens;
+                     the last one is not finished (it may be empty)
     documents (d,)   where each document starts, in sentences
     """
     tokens: np.ndarray
@@ -443,27 +469,32 @@ class Store:
     meta: dict
 
     def split(self, name: str) -> Corpus:
-        """Opens one split as memory maps. Raises ValueError where a file has not the size it should."""
+        """Opens one split as memory maps. Raises ValueError where a file has not the size, or (up
+        to 1 GB, which takes a second) the content that it was written with."""
         arrays = []
         for kind in ("tokens", "sentences", "documents"):
             file, entry = self.path / f"{name}.{kind}", self.meta["splits"][name][kind]
             dtype = np.dtype(entry["dtype"])
-            if not file.exists() or file.stat().st_size != entry["length"] * dtype.itemsize:
-                raise ValueError(f"{file} is missing or cut short: delete {self.path} and run train.py again")
+            size = entry["length"] * dtype.itemsize
+            if not file.exists() or file.stat().st_size != size or (
+                    size <= 1 << 30 and _sha256(file) != entry["sha256"]):
+                raise ValueError(f"{file} is missing, cut short or damaged: "
+                                 f"delete {self.path} and run train.py again")
             arrays.append(np.memmap(file, dtype, mode="r"))
         return Corpus(*arrays)
 
 
 def prepare(name: str, tokenizer: str, vocab_size: int, cache_dir: Path) -> Store:
-    """Tokenizes a corpus into memory maps, or opens it where that was done before. The folder's name holds
-    a hash of all it depends on: this file, the sources' identity, the tokenizer. Memory does not grow with
-    the corpus. Raises ValueError where a split has fewer than two sentences."""
+    """Tokenizes a corpus into memory maps, or opens it where that was done before. The folder's
+    name holds a hash of all it depends on: this file, the sources' identity, the tokenizer. Memory
+    does not grow with the corpus. Raises ValueError where a split has fewer than two sentences."""
     if name == "docstrings":
         identity = [f"{p} {importlib.metadata.version(p)}" for p in DOCSTRING_PACKAGES]
     elif name in DOWNLOADS:
         identity = [str(DOWNLOADS[name])]
     else:
-        identity = [f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in corpus_files(Path(name))]
+        files = corpus_files(Path(name))
+        identity = [f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
     size = vocab_size if tokenizer == "bpe" else 0
     code = Path(__file__).read_text()
     key = hashlib.sha256(json.dumps([identity, tokenizer, size, code]).encode()).hexdigest()[:12]
@@ -481,7 +512,8 @@ def prepare(name: str, tokenizer: str, vocab_size: int, cache_dir: Path) -> Stor
     try:
         meta = json.loads((path / "meta.json").read_text())
     except (OSError, ValueError):
-        raise ValueError(f"{path / 'meta.json'} is missing or damaged: delete {path} and run again") from None
+        raise ValueError(f"{path / 'meta.json'} is missing or damaged: "
+                         f"delete {path} and run again") from None
     return Store(path, load_tokenizer(path / "tokenizer.json"), meta)
 
 
@@ -497,19 +529,20 @@ def _write_store(path: Path, name: str, tokenizer: str, vocab_size: int, cache_d
     save_tokenizer(path / "tokenizer.json", encoding)
     writers = {split: _Writer(path, split, encoding) for split in SPLITS}
     texts = iter(texts if name == "docstrings" else documents(name, cache_dir))
-    digest, done = hashlib.sha256(), tqdm(desc="tokenize", unit="B", unit_scale=True)
-    for chunk in _chunks(texts):
-        for (split, text), tokens in zip(chunk, encoding.encode_ordinary_batch([t for _, t in chunk])):
-            data = text.encode()
-            digest.update(f"{split} {len(data)} ".encode() + data)
-            writers[split].add(data, tokens)
-            done.update(len(data))
-    done.close()
-    meta = {"fingerprint": digest.hexdigest()[:16], "splits": {s: w.close() for s, w in writers.items()}}
-    for split, counts in meta["splits"].items():
-        if counts["sentences"]["length"] < 4:        # the opening <|endoftext|>, two sentences, the end
-            raise ValueError(f"data={name} leaves {counts['sentences']['length'] - 2} sentences for {split}: "
-                             "give at least 40 lines of text, or 20 documents of two sentences")
+    with tqdm(desc="tokenize", unit="B", unit_scale=True) as done:
+        for chunk in _chunks(texts):
+            encoded = encoding.encode_ordinary_batch([text for _, text in chunk])
+            for (split, text), tokens in zip(chunk, encoded):
+                writers[split].add(text.encode(), tokens)
+                done.update(len(text.encode()))
+    splits = {split: writer.close() for split, writer in writers.items()}
+    fingerprint = hashlib.sha256(json.dumps(splits).encode()).hexdigest()[:16]
+    meta = {"fingerprint": fingerprint, "splits": splits}
+    for split, counts in splits.items():
+        if counts["sentences"]["length"] < 4:    # the opening <|endoftext|>, two sentences, the end
+            raise ValueError(f"data={name} leaves {counts['sentences']['length'] - 2} sentences "
+                             f"for {split}: give at least 40 lines of text, "
+                             "or 20 documents of two sentences")
     (path / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
@@ -544,12 +577,15 @@ class _Writer:
         self.tokenizer, self.dtypes, self.bytes = tokenizer, dtypes, 0
         self.files = {kind: open(path / f"{split}.{kind}", "wb") for kind in dtypes}
         self.length = dict.fromkeys(dtypes, 0)
+        self.digest = {kind: hashlib.sha256() for kind in dtypes}
         self._write("sentences", [0])
         self._write("documents", [0])
         self.add(b"", [])                            # the opening <|endoftext|>
 
     def _write(self, kind, values):
-        np.asarray(values).astype(self.dtypes[kind]).tofile(self.files[kind])
+        content = np.asarray(values).astype(self.dtypes[kind]).tobytes()
+        self.files[kind].write(content)
+        self.digest[kind].update(content)
         self.length[kind] += len(values)
 
     def add(self, data: bytes, tokens: list[int]) -> None:
@@ -564,22 +600,24 @@ class _Writer:
     def close(self) -> dict:
         for file in self.files.values():
             file.close()
-        return {"bytes": self.bytes, **{kind: {"dtype": self.dtypes[kind], "length": n}
-                                        for kind, n in self.length.items()}}
+        return {"bytes": self.bytes, **{
+            kind: {"dtype": self.dtypes[kind], "length": n, "sha256": self.digest[kind].hexdigest()}
+            for kind, n in self.length.items()}}
 
 
-# --- batches ----------------------------------------------------------------------------------------------
+# --- batches --------------------------------------------------------------------------------------
 
 @dataclass
 class Batch:
-    """Windows of tokens, and the sentences that their targets touch (S) behind those before them (P in
-    all). The touched ones are the last S slots; rows with fewer are padded on the outside of each part."""
-    tokens: torch.Tensor                             # (B, T)
-    targets: torch.Tensor                            # (B, T) the next token
-    sentence_id: torch.Tensor | None = None          # (B, T) in 0..S-1: the sentence of the *target*
-    vectors: torch.Tensor | None = None              # (B, P, E)
-    first: torch.Tensor | None = None                # (B, P) True where the planner's view starts anew
-    labels: torch.Tensor | None = None               # (B, S) -1 where padded or unknown
+    """Windows of tokens, and the sentences that their targets touch (S) behind those before
+    them (P in all). The touched ones are the last S slots; rows with fewer are padded on the
+    outside of each part."""
+    tokens: torch.Tensor                         # (B, T)
+    targets: torch.Tensor                        # (B, T) the next token
+    sentence_id: torch.Tensor | None = None      # (B, T) in 0..S-1: the sentence of the *target*
+    vectors: torch.Tensor | None = None          # (B, P, E)
+    first: torch.Tensor | None = None            # (B, P) True where the planner's view starts anew
+    labels: torch.Tensor | None = None           # (B, S) -1 where padded or unknown
 
     def to(self, device: torch.device) -> "Batch":
         pin = device.type == "cuda"
@@ -594,9 +632,10 @@ def _epoch(seed: tuple[int, ...], epoch: int, n: int, width: int) -> tuple[int, 
     return int(random.integers(width)), random.permutation(n)
 
 
-def batch_starts(length: int, width: int, rows: int, seed: tuple[int, ...], step: int) -> np.ndarray:
-    """(rows,) where the windows of a step start: a function of (seed, step) alone. Each epoch visits each
-    of the disjoint windows of `width` once, in a new order and with a new offset."""
+def batch_starts(length: int, width: int, rows: int, seed: tuple[int, ...],
+                 step: int) -> np.ndarray:
+    """(rows,) where the windows of a step start: a function of (seed, step) alone. Each epoch
+    visits each of the disjoint windows of `width` once, in a new order and with a new offset."""
     n = (length - width) // width                    # one window less, for the offset
     if n < 1:
         raise ValueError(f"a window of {width} is too long for a training split of {length}: "
@@ -608,12 +647,13 @@ def batch_starts(length: int, width: int, rows: int, seed: tuple[int, ...], step
 
 def window_batch(corpus: Corpus, starts: np.ndarray, width: int, vectors: np.ndarray | None = None,
                  labels: np.ndarray | None = None, reach: int = 0, view: str = "document") -> Batch:
-    """The windows of `width` inputs from each of `starts` (B,). Without vectors, tokens and targets alone.
+    """The windows of `width` inputs from each of `starts` (B,).
+    Without vectors, tokens and targets alone.
 
     The planner may look back `reach` sentences before the window, within the document; with
     view="window" only at sentences that lie wholly in the window's inputs."""
     at = starts[:, None] + np.arange(width + 1)                     # (B, T+1)
-    known = np.minimum(at, len(corpus.tokens) - 1)   # targets beyond the end of the text are unknown
+    known = np.minimum(at, len(corpus.tokens) - 1)  # targets beyond the end of the text are unknown
     tokens = np.where(at < len(corpus.tokens), corpus.tokens[known].astype(np.int64), -1)
     batch = Batch(torch.from_numpy(tokens[:, :-1].clip(0)), torch.from_numpy(tokens[:, 1:].copy()))
     if vectors is None:
@@ -632,7 +672,7 @@ def window_batch(corpus: Corpus, starts: np.ndarray, width: int, vectors: np.nda
     opening = np.searchsorted(corpus.documents, index)
     starts_document = corpus.documents[np.minimum(opening, len(corpus.documents) - 1)] == index
     first = starts_document | (slot == low) | ~real
-    if view == "window":                             # its predecessor began before the window's inputs
+    if view == "window":                         # its predecessor began before the window's inputs
         first |= corpus.sentences[np.maximum(index - 1, 0)] < starts[:, None]
     finished = real & (slot < corpus.n_sentences)
     kept = np.where(finished, slot, 0)
@@ -643,7 +683,8 @@ def window_batch(corpus: Corpus, starts: np.ndarray, width: int, vectors: np.nda
     if labels is not None:
         named = np.where(finished, labels[kept], -1)[:, n_before:]
         batch.labels = torch.from_numpy(named.astype(np.int64))
-    assert 0 <= batch.sentence_id.min() and batch.sentence_id.max() < n_touched, "a sentence was dropped"
+    lowest, highest = batch.sentence_id.min(), batch.sentence_id.max()
+    assert 0 <= lowest and highest < n_touched, "a sentence was dropped"
     return batch
 
 
@@ -656,4 +697,5 @@ def sentence_batch(corpus: Corpus, starts: np.ndarray, width: int, vectors: np.n
     first[:, 0] = True
     none = torch.zeros(len(starts), 0, dtype=torch.long)
     return Batch(none, none, vectors=torch.from_numpy(vectors[slot].astype(np.float32)),
-                 first=torch.from_numpy(first), labels=torch.from_numpy(labels[slot].astype(np.int64)))
+                 first=torch.from_numpy(first),
+                 labels=torch.from_numpy(labels[slot].astype(np.int64)))

@@ -1,15 +1,16 @@
 """What a trained run is worth: perplexity of every plan, scores of any text, and generated text.
 
-    python eval.py --out_dir=out                              # table of all trained plans, on validation
+    python eval.py --out_dir=out                              # all trained plans, on validation
     python eval.py --out_dir=out --split=test                 # read it once, when all is decided
     python eval.py --out_dir=out --text=FILE                  # the same on any text
     python eval.py --out_dir=out --score=FILE --plan=soft     # JSON lines, one a token
-    python eval.py --out_dir=out --prompt="..." --plan=soft   # generate, with the plan of each sentence
+    python eval.py --out_dir=out --prompt="..." --plan=soft   # generate, with its plan
     python eval.py --out_dir=out --report=report.html         # one self-contained page
 
-Perplexity is taken in windows that start at 0 and advance by half a window, each token scored once, so
-that only the first window scores tokens with less than half a window behind them, and a prefix of a text
-scores as it does within the whole. The `<|endoftext|>` before the first document is not scored.
+Perplexity is taken in windows that start at 0 and advance by half a window, each token scored
+once, so that only the first window scores tokens with less than half a window behind them,
+and a prefix of a text scores as it does within the whole. The `<|endoftext|>` before the
+first document is not scored.
 """
 import argparse
 import codecs
@@ -38,11 +39,11 @@ from planner import PlannedGPT, Planner
 FORMAT = "nanoplan-1"
 
 
-# --- files ------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 def load_checkpoint(path: Path) -> dict:
-    """Reads a file that train.py saved, checks it, and runs no code from it. Raises ValueError for a file
-    that is damaged, foreign or of another format, FileNotFoundError where there is none."""
+    """Reads a file that train.py saved, checks it, and runs no code from it. Raises ValueError for
+    a file that is damaged, foreign or of another format, FileNotFoundError where there is none."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: train it first (python train.py --out_dir="
                                 f"{path.parent})")
@@ -50,9 +51,11 @@ def load_checkpoint(path: Path) -> dict:
         with zipfile.ZipFile(path) as archive:       # torch.load does not verify the check sums
             damaged = archive.testzip()
         saved = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is truncated, damaged or not a checkpoint "
-                         f"({str(error).splitlines()[0][:80]}): delete it and train again") from None
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, OSError,
+            ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
+        raise ValueError(f"{path} is truncated, damaged or not a checkpoint ({reason}): "
+                         "delete it and train again") from None
     if saved is None:
         raise ValueError(f"{path} is damaged (check sum of {damaged}): delete it and train again")
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
@@ -68,9 +71,10 @@ def load_labeler(saved: dict) -> labelling.Labeler:
     gpt = None
     if saved["gpt_args"]:
         gpt = GPT(**saved["gpt_args"])
-        gpt.load_state_dict({name[4:]: value for name, value in state.items() if name.startswith("gpt.")})
+        gpt.load_state_dict({name[4:]: value for name, value in state.items()
+                             if name.startswith("gpt.")})
         gpt.requires_grad_(False)
-    return labelling.Labeler(state.get("table"), gpt, state["mean"], state["component"], state["centroids"])
+    return labelling.Labeler(state.get("table"), gpt, state["mean"], state["centroids"])
 
 
 @dataclass
@@ -92,19 +96,21 @@ class Run:
             config = json.loads((out_dir / "config.json").read_text())
             where = choose_device(device or config["device"])
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-            raise ValueError(f"{out_dir / 'config.json'} is damaged: run train.py with --resume") from None
+            raise ValueError(f"{out_dir / 'config.json'} is damaged: "
+                             "run train.py with --resume") from None
         saved = load_checkpoint(out_dir / "labels.pt")
         return cls(out_dir, where, config, data.load_tokenizer(out_dir / "tokenizer.json"),
                    load_labeler(saved).to(where), saved)
 
     @property
     def plans(self) -> list[str]:
-        """The plans whose joint stage is finished, in the order of the table in DESIGN section 1."""
+        """The plans whose joint stage is finished,
+        in the order of the table in DESIGN section 1."""
         done = [p for p in PLANS if (self.out_dir / f"joint_{p}.pt").exists()
                 and load_checkpoint(self.out_dir / f"joint_{p}.pt")["done"]]
         if not done:
-            raise FileNotFoundError(f"{self.out_dir} holds no finished plan: python train.py --out_dir="
-                                    f"{self.out_dir} --resume=true")
+            raise FileNotFoundError(f"{self.out_dir} holds no finished plan: "
+                                    f"python train.py --out_dir={self.out_dir} --resume=true")
         return done
 
     def model(self, plan: str) -> PlannedGPT:
@@ -122,12 +128,14 @@ class Run:
         c = self.config
         store = data.prepare(c["data"], c["tokenizer"], c["vocab_size"], Path(c["cache_dir"]))
         if store.meta["fingerprint"] != c["fingerprint"]:
-            raise ValueError(f"data={c['data']} has changed since {self.out_dir} was trained: the text's "
-                             f"fingerprint was {c['fingerprint']}, now {store.meta['fingerprint']}")
+            raise ValueError(f"data={c['data']} has changed since {self.out_dir} was trained: "
+                             f"the text's fingerprint was {c['fingerprint']}, "
+                             f"now {store.meta['fingerprint']}")
         self.bytes = store.meta["splits"][split]["bytes"]
         return store.split(split)
 
-    def sentences(self, corpus: data.Corpus, split: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def sentences(self, corpus: data.Corpus,
+                  split: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Vectors (n, E) and labels (n,) of a corpus; those of a split are kept on disk."""
         path = split and self.out_dir / f"vectors.{split}.{self.labeler.fingerprint()}.npy"
         vectors = labelling.embed_corpus(self.labeler, corpus, path)
@@ -135,6 +143,11 @@ class Run:
 
     def autocast(self):
         return autocast(self.device, self.config["dtype"])
+
+    def score(self, plan: str, corpus: data.Corpus, vectors, labels, bar: str = "") -> "Scores":
+        """`score` under a plan, with this run's options."""
+        return score(self.model(plan), corpus, vectors, labels, self.config["planner_reach"],
+                     self.config["planner_view"], context=self.autocast(), bar=bar)
 
 
 def autocast(device: torch.device, dtype: str):
@@ -145,8 +158,10 @@ def autocast(device: torch.device, dtype: str):
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is cuda, else mps, else cpu. Raises ValueError for a device that this machine has not."""
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """`auto` is cuda, else mps, else cpu.
+    Raises ValueError for a device that this machine has not."""
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+            "cpu": True}
     if name == "auto":
         name = next(device for device, available in have.items() if available)
     if not have.get(name.split(":")[0]):
@@ -156,17 +171,19 @@ def choose_device(name: str) -> torch.device:
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+    """The versions of Python and of the packages that compute a run's figures."""
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "numpy": np.__version__,
             "tiktoken": tiktoken.__version__ if hasattr(tiktoken, "__version__") else ""}
 
 
-# --- perplexity -------------------------------------------------------------------------------------------
+# --- perplexity -----------------------------------------------------------------------------------
 
 @dataclass
 class Scores:
-    """nll (N-1,): nats of each token but the first. Of the planner, for each sentence j (n,), NaN where it
-    has no planner: ce of the true label, its rank (0 is best), the entropy, the top labels (n, 3), their
-    probabilities."""
+    """nll (N-1,): nats of each token but the first. Of the planner, for each sentence j (n,), NaN
+    where it has no planner: ce of the true label, its rank (0 is best), the entropy, the top
+    labels (n, 3), their probabilities."""
     nll: np.ndarray
     ce: np.ndarray = field(default=None)
     rank: np.ndarray = field(default=None)
@@ -176,16 +193,20 @@ class Scores:
 
 
 @torch.no_grad()
-def score(model: PlannedGPT, corpus: data.Corpus, vectors: np.ndarray, labels: np.ndarray, reach: int,
-          view: str, batch_size: int = 32, context=None, max_tokens: int = 1 << 62, bar: str = "") -> Scores:
-    """Scores each of a corpus's (first max_tokens) tokens but the first once, in overlapping windows.
-    Leaves the model, and every random state, as they were."""
+def score(model: PlannedGPT, corpus: data.Corpus, vectors: np.ndarray, labels: np.ndarray,
+          reach: int, view: str, batch_size: int = 0, context=None, max_tokens: int = 1 << 62,
+          bar: str = "") -> Scores:
+    """Scores each of a corpus's (first max_tokens) tokens but the first once, in overlapping
+    windows. Leaves the model, and every random state, as they were."""
     context, device = context or contextlib.nullcontext(), model.gpt.wte.weight.device
     T = model.gpt.block_size
+    batch_size = batch_size or max(1, 8192 // T)
     stride, n = max(1, T // 2), min(len(corpus.tokens), max_tokens)
-    starts = np.arange(0, max(n - 1 - (T - stride), 1), stride)    # each has at least one token to score
+    # each has at least one token to score
+    starts = np.arange(0, max(n - 1 - (T - stride), 1), stride)
     S = len(corpus.sentences)
-    found = Scores(np.full(n - 1, np.nan), *np.full((3, S), np.nan), np.zeros((S, 3), int), np.zeros((S, 3)))
+    found = Scores(np.full(n - 1, np.nan), *np.full((3, S), np.nan),
+                   np.zeros((S, 3), int), np.zeros((S, 3)))
     training = model.training
     model.eval()
     for i in tqdm(range(0, len(starts), batch_size), desc=bar, leave=False, disable=not bar):
@@ -193,7 +214,7 @@ def score(model: PlannedGPT, corpus: data.Corpus, vectors: np.ndarray, labels: n
         batch = data.window_batch(corpus, at, T, vectors, labels, reach, view).to(device)
         with context:
             nll, logits = model(batch, reduction="none")
-        target = at[:, None] + 1 + np.arange(T)                    # (B, T) which token each one scores
+        target = at[:, None] + 1 + np.arange(T)                # (B, T) which token each one scores
         new = ((np.arange(T) >= T - stride) | (at[:, None] == 0)) & (target < n)
         found.nll[target[new] - 1] = nll.double().cpu().numpy()[new]
         if model.planner is not None:
@@ -204,14 +225,15 @@ def score(model: PlannedGPT, corpus: data.Corpus, vectors: np.ndarray, labels: n
 
 def _score_labels(found: Scores, corpus, batch, logits, target, new) -> None:
     """A sentence counts in the window that scores its first token."""
-    opens = new & (corpus.sentences[np.searchsorted(corpus.sentences, target, side="right") - 1] == target)
+    begun = corpus.sentences[np.searchsorted(corpus.sentences, target, side="right") - 1]
+    opens = new & (begun == target)
     sentence = np.searchsorted(corpus.sentences, target[opens])
     row, slot = np.nonzero(opens)[0], batch.sentence_id.cpu().numpy()[opens]
     log_probs = logits[row, slot].double().log_softmax(-1)                              # (n, K)
     label = batch.labels[row, slot].clamp(min=0)
     true = log_probs.gather(1, label[:, None])
     top = log_probs.topk(min(3, log_probs.shape[1]))
-    known = batch.labels[row, slot] >= 0             # the last sentence of a text may not be finished
+    known = batch.labels[row, slot] >= 0         # the last sentence of a text may not be finished
     found.ce[sentence] = torch.where(known, -true[:, 0], torch.nan).cpu()
     found.rank[sentence] = torch.where(known, (log_probs > true).sum(1).double(), torch.nan).cpu()
     found.entropy[sentence] = -(log_probs.exp() * log_probs).sum(1).cpu()
@@ -220,10 +242,13 @@ def _score_labels(found: Scores, corpus, batch, logits, target, new) -> None:
 
 
 def summary(found: Scores, n_bytes: int) -> dict:
-    """The figures of one plan: nll in nats a token, ppl = exp(nll), bits per UTF-8 byte of the text."""
+    """The figures of one plan: nll in nats a token, ppl = exp(nll),
+    bits per UTF-8 byte of the text."""
     nll = float(found.nll.mean())
-    result = {"nll": nll, "ppl": math.exp(nll), "bits_per_byte": float(found.nll.sum()) / math.log(2) / n_bytes,
-              "planner_ce": None, "planner_acc": None, "planner_rank": None, "planner_entropy": None}
+    result = {"nll": nll, "ppl": math.exp(nll),
+              "bits_per_byte": float(found.nll.sum()) / math.log(2) / n_bytes,
+              "planner_ce": None, "planner_acc": None,
+              "planner_rank": None, "planner_entropy": None}
     known = ~np.isnan(found.ce)
     if known.any():
         result |= {"planner_ce": float(found.ce[known].mean()),
@@ -238,12 +263,12 @@ def evaluate(run: Run, corpus: data.Corpus, n_bytes: int, split: str | None = No
     vectors, labels = run.sentences(corpus, split)
     c, plans = run.config, {}
     for plan in run.plans:
-        found = score(run.model(plan), corpus, vectors, labels, c["planner_reach"], c["planner_view"],
-                      c["batch_size"], run.autocast(), bar=f"evaluate {plan}")
+        found = run.score(plan, corpus, vectors, labels, bar=f"evaluate {plan}")
         plans[plan] = summary(found, n_bytes)
-    return {"plans": plans, "tokens": len(corpus.tokens) - 1, "bytes": n_bytes, "split": split or "text",
-            "sentences": corpus.n_sentences, "seed": c["seed"], "data": c["fingerprint"],
-            **labelling.baselines(run.saved_labels["transitions"], labels, corpus), "versions": versions()}
+    baselines = labelling.baselines(run.saved_labels["transitions"], labels, corpus)
+    return {"plans": plans, "tokens": len(corpus.tokens) - 1, "bytes": n_bytes,
+            "split": split or "text", "sentences": corpus.n_sentences, "seed": c["seed"],
+            "data": c["fingerprint"], **baselines, "versions": versions()}
 
 
 def table(results: dict) -> str:
@@ -256,23 +281,24 @@ def table(results: dict) -> str:
              f"{'label nats':>12}{'top-1':>8}{'mean rank':>11}"]
     for plan, r in plans.items():
         change = "" if base is None else f"{100 * math.expm1(r['nll'] - base):+.2f} %"
-        gap = "" if None in (base, bound) or base <= bound else f"{(base - r['nll']) / (base - bound):.0%}"
-        label = "" if r["planner_ce"] is None else (f"{r['planner_ce']:12.3f}{r['planner_acc']:8.1%}"
-                                                    f"{r['planner_rank']:11.1f}")
-        lines.append(f"{plan:<17}{r['ppl']:10.3f}{change:>9}{gap:>12}{r['bits_per_byte']:11.4f}{label}")
-    lines.append(f"Without a planner, the next label costs {results['unigram_ce']:.3f} nats by its frequency, "
-                 f"{results['bigram_ce']:.3f} by the label before it.")
+        gap = "" if None in (base, bound) or base <= bound else (
+            f"{(base - r['nll']) / (base - bound):.0%}")
+        label = "" if r["planner_ce"] is None else (
+            f"{r['planner_ce']:12.3f}{r['planner_acc']:8.1%}{r['planner_rank']:11.1f}")
+        lines.append(f"{plan:<17}{r['ppl']:10.3f}{change:>9}{gap:>12}"
+                     f"{r['bits_per_byte']:11.4f}{label}")
+    lines.append(f"Without a planner, the next label costs {results['unigram_ce']:.3f} nats "
+                 f"by its frequency, {results['bigram_ce']:.3f} by the label before it.")
     return "\n".join(lines)
 
 
 def score_file(run: Run, plan: str, path: Path) -> None:
-    """Prints one JSON line a token: the token, its nll, its sentence, and the plan's likeliest label."""
+    """Prints one JSON line a token: the token, its nll, its sentence,
+    and the plan's likeliest label."""
     corpus = data.Corpus.from_texts(data.read_documents(path), run.tokenizer)
     check_text(corpus, path)
     vectors, labels = run.sentences(corpus)
-    c = run.config
-    found = score(run.model(plan), corpus, vectors, labels, c["planner_reach"], c["planner_view"],
-                  c["batch_size"], run.autocast())
+    found = run.score(plan, corpus, vectors, labels)
     sentence = np.searchsorted(corpus.sentences, np.arange(1, len(corpus.tokens)), side="right") - 1
     for token, nll, j in zip(corpus.tokens[1:].tolist(), found.nll.tolist(), sentence.tolist()):
         text = run.tokenizer.decode_single_token_bytes(token).decode("utf-8", "replace")
@@ -286,14 +312,14 @@ def check_text(corpus: data.Corpus, path: Path) -> None:
         raise ValueError(f"{path} holds no text")
 
 
-# --- generation -------------------------------------------------------------------------------------------
+# --- generation -----------------------------------------------------------------------------------
 
 class Stream:
     """Reads tokens one at a time and plans online; `append` gives the logits of the next token.
 
-    Each forward pass gets the plan of the sentence that the *next* token belongs to, so cached keys and
-    values stay valid when a sentence ends. A full window is refilled once from its newer half: the windows
-    are those of `score`, and so are the logits.
+    Each forward pass gets the plan of the sentence that the *next* token belongs to, so cached keys
+    and values stay valid when a sentence ends. A full window is refilled once from its newer half:
+    the windows are those of `score`, and so are the logits.
     """
 
     def __init__(self, model: PlannedGPT, labeler: labelling.Labeler, tokenizer: tiktoken.Encoding,
@@ -303,7 +329,7 @@ class Stream:
         self.tokens, self.sentences, self.documents = [], [0], [0]
         self.vectors = np.zeros((0, len(labeler.mean)), np.float32)
         self.start, self.cache, self.row = 0, Cache(), None
-        self.top = (0, math.nan)                     # likeliest label of the open sentence, its probability
+        self.top = (0, math.nan)             # likeliest label of the open sentence, its probability
 
     @torch.no_grad()
     def append(self, token: int) -> torch.Tensor:
@@ -325,7 +351,8 @@ class Stream:
                 p, label = logits[0, -1].softmax(-1).max(0)
                 self.top = int(label), float(p)
             if fresh:
-                return self.model.gpt(batch.tokens, None, plan, batch.sentence_id, self.cache)[0, -1]
+                return self.model.gpt(batch.tokens, None, plan, batch.sentence_id,
+                                      self.cache)[0, -1]
         new = torch.tensor([[token]], device=device)
         return self.model.gpt(new, None, self.row, torch.zeros_like(new), self.cache)[0, -1]
 
@@ -342,11 +369,14 @@ class Stream:
         return True
 
     def _window(self) -> data.Batch:
-        corpus = data.Corpus(np.array(self.tokens), np.array(self.sentences), np.array(self.documents))
-        vectors = self.vectors if len(self.vectors) else np.zeros((1, len(self.labeler.mean)), np.float32)
-        labels = np.zeros(len(vectors), np.int64)    # `oracle` can't generate: nobody knows its labels
-        return data.window_batch(corpus, np.array([self.start]), len(self.tokens) - self.start, vectors,
-                                 labels, self.reach, self.view)
+        corpus = data.Corpus(np.array(self.tokens), np.array(self.sentences),
+                             np.array(self.documents))
+        vectors = self.vectors if len(self.vectors) else (
+            np.zeros((1, len(self.labeler.mean)), np.float32))
+        # `oracle` can't generate: nobody knows its labels
+        labels = np.zeros(len(vectors), np.int64)
+        return data.window_batch(corpus, np.array([self.start]), len(self.tokens) - self.start,
+                                 vectors, labels, self.reach, self.view)
 
 
 def sample(logits: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
@@ -359,25 +389,28 @@ def sample(logits: torch.Tensor, temperature: float, top_k: int, generator: torc
     return int(torch.multinomial((logits / temperature).softmax(0), 1, generator=generator))
 
 
-def generate(run: Run, plan: str, prompt: str, n_tokens: int, temperature: float, top_k: int, seed: int):
-    """Yields, for each sentence as it ends (the prompt's included), a dict with its text, whether the model
-    wrote it, the label that was planned with its probability (None without a planner), and its own label."""
+def generate(run: Run, plan: str, prompt: str, n_tokens: int, temperature: float, top_k: int,
+             seed: int):
+    """Yields, for each sentence as it ends (the prompt's included), a dict with its text,
+    whether the model wrote it, the label that was planned with its probability (None without a
+    planner), and its own label."""
     if plan == "oracle":
-        raise ValueError("plan=oracle needs the true labels, which a text still to be written has not")
-    c, model = run.config, run.model(plan)
+        raise ValueError("plan=oracle needs the true labels, "
+                         "which a text still to be written has not")
+    c, model, eot = run.config, run.model(plan), run.tokenizer.eot_token
     stream = Stream(model, run.labeler, run.tokenizer, c["planner_reach"], c["planner_view"])
     generator = torch.Generator().manual_seed(seed)
-    given = [run.tokenizer.eot_token] + run.tokenizer.encode_ordinary(prompt)
+    given = [eot] + run.tokenizer.encode_ordinary(prompt)
     token, planned = given[0], None
     for i in range(len(given) + n_tokens):
         before = len(stream.sentences)
         with run.autocast():
             logits = stream.append(token)
-        last = i == len(given) + n_tokens - 1 or (i >= len(given) and token == run.tokenizer.eot_token)
+        last = i == len(given) + n_tokens - 1 or (i >= len(given) and token == eot)
         if len(stream.sentences) > before or last:
             ended = len(stream.sentences) > before
             begun = stream.sentences[-2] if ended else stream.sentences[-1]
-            text = run.tokenizer.decode([t for t in stream.tokens[begun:] if t != run.tokenizer.eot_token])
+            text = run.tokenizer.decode([t for t in stream.tokens[begun:] if t != eot])
             label = None
             if ended:
                 label = int(run.labeler.assign(torch.as_tensor(stream.vectors[-1:]).to(run.device)))
@@ -386,25 +419,26 @@ def generate(run: Run, plan: str, prompt: str, n_tokens: int, temperature: float
             planned = None if math.isnan(stream.top[1]) else stream.top
         if last:
             return
-        token = given[i + 1] if i + 1 < len(given) else sample(logits, temperature, top_k, generator)
+        token = given[i + 1] if i + 1 < len(given) else (
+            sample(logits, temperature, top_k, generator))
 
 
-# --- the report -------------------------------------------------------------------------------------------
+# --- the report -----------------------------------------------------------------------------------
 
 CURVES = ("loss", "lm_loss", "label_loss", "val_nll", "val_label_nats", "val_entropy")
 
 
 def report_data(run: Run, corpus: data.Corpus, results: dict) -> dict:
-    """What assets/report.html shows: the results, the curves, the labels, a few documents of the corpus with
-    what each plan makes of them, and a text that the run itself writes."""
+    """What assets/report.html shows: the results, the curves, the labels, a few documents of the
+    corpus with what each plan makes of them, and a text that the run itself writes."""
     shown, c, plans = example_documents(corpus, run.tokenizer), run.config, list(results["plans"])
     vectors, labels = run.sentences(shown)
-    scores = {plan: score(run.model(plan), shown, vectors, labels, c["planner_reach"], c["planner_view"],
-                          c["batch_size"], run.autocast()) for plan in plans}
+    scores = {plan: run.score(plan, shown, vectors, labels) for plan in plans}
     planned = {plan: found for plan, found in scores.items() if not np.isnan(found.entropy).all()}
     decoder = codecs.getincrementaldecoder("utf-8")("replace")       # a character may span tokens
     documents = {                                    # arrays as those of Corpus and Scores
-        "tokens": [decoder.decode(run.tokenizer.decode_single_token_bytes(t)) for t in shown.tokens.tolist()],
+        "tokens": [decoder.decode(run.tokenizer.decode_single_token_bytes(t))
+                   for t in shown.tokens.tolist()],
         "sentences": shown.sentences.tolist(), "documents": shown.documents.tolist(),
         "labels": labels.tolist(),
         "nll": {plan: found.nll.round(4).tolist() for plan, found in scores.items()},
@@ -412,17 +446,21 @@ def report_data(run: Run, corpus: data.Corpus, results: dict) -> dict:
         "prob": {plan: found.prob.round(4).tolist() for plan, found in planned.items()}}
     sample = None
     if writers := [plan for plan in plans if plan != "oracle"]:
-        prompt = run.tokenizer.decode(shown.tokens[1:shown.sentences[2]].tolist()).removesuffix(data.EOT)
+        opening = shown.tokens[1:shown.sentences[2]].tolist()
+        prompt = run.tokenizer.decode(opening).removesuffix(data.EOT)
         sample = {"plan": writers[-1], "sentences": list(
             generate(run, writers[-1], prompt, 160, temperature=0.8, top_k=50, seed=0))}
-    options = {name: value for name, value in c.items() if name not in ("cache_dir", "out_dir", "versions")}
-    return {"results": results, "config": options | {"data": Path(c["data"]).name}, **label_map(run),
-            "curves": read_curves(run.out_dir / "metrics.jsonl"), "documents": documents, "sample": sample}
+    options = {name: value for name, value in c.items()
+               if name not in ("cache_dir", "out_dir", "versions")}
+    return {"results": results, "config": options | {"data": Path(c["data"]).name},
+            **label_map(run), "curves": read_curves(run.out_dir / "metrics.jsonl"),
+            "documents": documents, "sample": sample}
 
 
 def example_documents(corpus: data.Corpus, tokenizer: tiktoken.Encoding, limit: int = 12,
                       max_tokens: int = 8000) -> data.Corpus:
-    """The first documents of 3 to 40 sentences (of any length where there are none), as a corpus."""
+    """The first documents of 3 to 40 sentences
+    (of any length where there are none), as a corpus."""
     sizes = np.diff(corpus.documents)                # the first is the opening <|endoftext|> alone
     fit = np.flatnonzero((sizes >= 3) & (sizes <= 40))[:limit]
     chosen = fit if len(fit) else np.arange(1, len(sizes))[:limit]
@@ -432,8 +470,8 @@ def example_documents(corpus: data.Corpus, tokenizer: tiktoken.Encoding, limit: 
 
 
 def read_curves(path: Path, limit: int = 200) -> dict[str, dict[str, list]]:
-    """metrics.jsonl as stage -> quantity -> [[step, value], ...], thinned to about `limit` points. Passes
-    over a line that is cut or damaged; without a file there are no curves."""
+    """metrics.jsonl as stage -> quantity -> [[step, value], ...], thinned to about `limit` points.
+    Passes over a line that is cut or damaged; without a file there are no curves."""
     curves = {}
     for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
@@ -442,13 +480,15 @@ def read_curves(path: Path, limit: int = 200) -> dict[str, dict[str, list]]:
                 if name in entry:
                     points = curves.setdefault(entry["stage"], {}).setdefault(name, [])
                     points.append([int(entry["step"]), round(float(entry[name]), 5)])
-    return {stage: {name: points[::-1 - len(points) // limit][::-1] for name, points in quantities.items()}
+    return {stage: {name: points[::-1 - len(points) // limit][::-1]
+                    for name, points in quantities.items()}
             for stage, quantities in curves.items()}
 
 
 def label_map(run: Run) -> dict:
-    """Each label's description, its place on the centroids' first two principal components, and the labels
-    that most often follow it; and the share of the centroids' variance that those components keep."""
+    """Each label's description, its place on the centroids' first two principal components,
+    and the labels that most often follow it; and the share of the centroids' variance that
+    those components keep."""
     centroids = run.labeler.centroids.cpu().double().numpy()                            # (K, E)
     left, singular, _ = np.linalg.svd(centroids - centroids.mean(0), full_matrices=False)
     place = np.pad(left * singular, ((0, 0), (0, 1)))[:, :2].round(4)                   # (K, 2)
@@ -458,42 +498,47 @@ def label_map(run: Run) -> dict:
     found = []
     for label, described in enumerate(run.saved_labels["descriptions"]):
         following = zip(follow[label].tolist(), shares[label].tolist())
-        found.append(described | {"sentences": described["sentences"][:keep], "place": place[label].tolist(),
-                                  "next": [[after, round(p, 3)] for after, p in following if p > 0]})
+        found.append(described | {
+            "sentences": described["sentences"][:keep], "place": place[label].tolist(),
+            "next": [[after, round(p, 3)] for after, p in following if p > 0]})
     kept = np.square(singular[:2]).sum() / max(np.square(singular).sum(), 1e-12)
     return {"labels": found, "variance": float(kept)}
 
 
 def write_report(run: Run, path: Path, corpus: data.Corpus, results: dict) -> None:
-    """Fills the template's one marker. No text of the corpus can end the element that holds the data."""
+    """Fills the template's one marker.
+    No text of the corpus can end the element that holds the data."""
     content = json.dumps(report_data(run, corpus, results))
-    content = json.loads(content, parse_constant=lambda name: None)                     # JSON has no NaN
+    content = json.loads(content, parse_constant=lambda name: None)             # JSON has no NaN
     content = json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     template = (Path(__file__).parent / "assets" / "report.html").read_text("utf-8")
     path.write_text(template.replace("__REPORT_DATA__", content), "utf-8")
 
 
-# --- command line -----------------------------------------------------------------------------------------
+# --- command line ---------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """argparse that answers a mistake with one line, naming the nearest option."""
 
     def __init__(self, **arguments):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **arguments)
+        super().__init__(allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **arguments)
 
     def error(self, message):
         if message.startswith("unrecognized arguments:"):
             given = message.split(": ", 1)[1].split()[0]
             names = [option for action in self._actions for option in action.option_strings]
             near = difflib.get_close_matches(given.split("=")[0], names, 1, 0.5)
-            message = f"unknown option {given}" + (f": did you mean {near[0]}?" if near else ": see --help")
+            message = f"unknown option {given}" + (
+                f": did you mean {near[0]}?" if near else ": see --help")
         print(f"{self.prog}: error: {message}", file=sys.stderr)
         sys.exit(2)
 
 
 @contextlib.contextmanager
 def one_line_errors(program: str):
-    """Bad input ends with one line and exit code 2; a traceback is for bugs alone (or for NANOPLAN_DEBUG=1)."""
+    """Bad input ends with one line and exit code 2;
+    a traceback is for bugs alone (or for NANOPLAN_DEBUG=1)."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -504,12 +549,13 @@ def one_line_errors(program: str):
 
 
 def parse_arguments(argv=None):
+    """The options of the command line; a mistake ends with one line and exit code 2."""
     parser = Parser(prog="eval.py", description=__doc__)
     add = parser.add_argument
     add("--out_dir", type=Path, default=Path("out"), help="a run of train.py")
     add("--split", choices=data.SPLITS, default="val", help="what to evaluate on")
-    add("--text", type=Path, help="evaluate on this UTF-8 text instead: documents are separated by a line "
-                                  "<|endoftext|>; a .jsonl has one {\"text\": ...} a line")
+    add("--text", type=Path, help="evaluate on this UTF-8 text instead: documents are separated by "
+                                  "a line <|endoftext|>; a .jsonl has one {\"text\": ...} a line")
     add("--score", type=Path, help="write one JSON line a token of this text")
     add("--prompt", help="continue this text")
     add("--report", type=Path, help="write one self-contained page")
@@ -526,14 +572,16 @@ def parse_arguments(argv=None):
 
 
 def print_generated(run: Run, args) -> None:
+    """Prints each sentence with its label and the planned one; `>` marks what the model wrote."""
     described = run.saved_labels["descriptions"]
     name = lambda label: f"{label} ({', '.join(described[label]['words'][:4])})"
-    for sentence in generate(run, args.plan, args.prompt, args.max_tokens, args.temperature, args.top_k,
-                             args.seed):
+    for sentence in generate(run, args.plan, args.prompt, args.max_tokens, args.temperature,
+                             args.top_k, args.seed):
         planned = "" if sentence["planned"] is None else (
             f"  planned {name(sentence['planned'][0])} at {sentence['planned'][1]:.0%}")
         got = "not ended" if sentence["label"] is None else f"got {name(sentence['label'])}"
-        print(f"{'>' if sentence['written'] else ' '} {sentence['text'].rstrip()}\n    [{got}{planned}]")
+        mark = ">" if sentence["written"] else " "
+        print(f"{mark} {sentence['text'].rstrip()}\n    [{got}{planned}]")
 
 
 def main(argv=None):
@@ -545,7 +593,7 @@ def main(argv=None):
         if args.prompt is not None:
             return print_generated(run, args)
         if args.report:
-            args.report.open("a").close()            # where it can't be written, say so before the work
+            args.report.open("a").close()        # where it can't be written, say so before the work
         if args.text:
             if not args.text.is_file():
                 raise FileNotFoundError(f"text={args.text} is not a file")

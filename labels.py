@@ -1,11 +1,15 @@
-"""Sentence vectors, k-means, and what the labels mean (DESIGN step 2). Nobody labels anything by hand.
+"""Sentence vectors, k-means, and what the labels mean (DESIGN step 2).
+Nobody labels anything by hand.
 
-A sentence's vector depends on its own tokens alone, so that a label is a function of its sentence. Two
-kinds, both from the stage-1 GPT, which stays fixed afterwards (the measured comparison is in the README):
-- `sif`: its token embeddings, averaged with weights a / (a + p(token)), which tone down frequent tokens
-  (Arora, Liang and Ma, "A Simple but Tough-to-Beat Baseline for Sentence Embeddings", ICLR 2017);
+A sentence's vector depends on its own tokens alone, so that a label is a function of its
+sentence. Two kinds, both from the stage-1 GPT, which stays fixed afterwards (the measured
+comparison is in the README):
+- `sif`: its token embeddings, averaged with weights a / (a + p(token)), which tone down
+  frequent tokens (Arora, Liang and Ma, "A Simple but Tough-to-Beat Baseline for Sentence
+  Embeddings", ICLR 2017);
 - `hidden`: the mean of its final hidden states over the sentence, read alone.
-Of either, the mean and the first principal component are removed, and the length is made 1.
+Of either, the training split's mean is removed, and the length is made 1. (SIF's last step, to take
+out the first principal component as well, changed nothing here, and ruins a corpus of few topics.)
 NOTE(paper): the paper takes its vectors from a pretrained sentence encoder.
 """
 import hashlib
@@ -29,29 +33,31 @@ CHUNK = 4096                                         # sentences embedded at a t
 MINI_BATCH_ABOVE = 1 << 18                           # k-means: vectors
 
 
-# --- vectors ----------------------------------------------------------------------------------------------
+# --- vectors --------------------------------------------------------------------------------------
 
 class Labeler(nn.Module):
-    """Embeds sentences and names their labels. Holds all that it needs, so it outlives the stage-1 GPT.
+    """Embeds sentences and names their labels.
+    Holds all that it needs, so it outlives the stage-1 GPT.
 
     table (V, E): `sif`'s weighted token embeddings, or None where `gpt` gives hidden states
-    mean, component (E,): removed from each vector; centroids (K, E)
+    mean (E,): removed from each vector; centroids (K, E)
     """
 
     def __init__(self, table: torch.Tensor | None, gpt: nn.Module | None, mean: torch.Tensor,
-                 component: torch.Tensor, centroids: torch.Tensor | None = None):
+                 centroids: torch.Tensor | None = None):
         super().__init__()
         self.gpt = gpt
-        for name, value in (("table", table), ("mean", mean), ("component", component),
-                            ("centroids", centroids)):
+        for name, value in (("table", table), ("mean", mean), ("centroids", centroids)):
             self.register_buffer(name, value)
 
     def raw(self, tokens: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """tokens (n,), offsets (s,) where each sentence starts in them -> (s, E), before normalisation."""
+        """tokens (n,), offsets (s,) where each sentence starts in them
+        -> (s, E), before normalisation."""
         if self.table is not None:
             return F.embedding_bag(tokens, self.table, offsets, mode="mean")
         ends = torch.cat([offsets[1:], offsets.new_tensor([len(tokens)])])
-        sizes = (ends - offsets).clamp(max=self.gpt.block_size)     # a longer sentence gives its beginning
+        # a longer sentence gives its beginning
+        sizes = (ends - offsets).clamp(max=self.gpt.block_size)
         order, found = sizes.argsort(), []
         for rows in order.split(256):                # of similar length, so that little is padding
             at = torch.arange(int(sizes[rows].max()), device=tokens.device)
@@ -63,14 +69,12 @@ class Labeler(nn.Module):
 
     @torch.no_grad()
     def embed(self, tokens: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
-        """Sentences as in `raw`, none of them empty -> (s, E) of unit length, in half precision's values,
-        so that a vector read back from the store is the same as one made anew."""
+        """Sentences as in `raw`, none of them empty -> (s, E) of unit length, in half precision's
+        values, so that a vector read back from the store is the same as one made anew."""
         device = self.mean.device
         x = self.raw(torch.as_tensor(np.asarray(tokens, np.int64), device=device),
                      torch.as_tensor(np.asarray(offsets, np.int64), device=device)).to(self.mean)
-        x = x - self.mean
-        x = x - (x @ self.component)[:, None] * self.component
-        return F.normalize(x, dim=1).half().float()
+        return F.normalize(x - self.mean, dim=1).half().float()
 
     def assign(self, vectors: torch.Tensor) -> torch.Tensor:
         """(n, E) -> (n,) the nearest centroid of each."""
@@ -87,7 +91,8 @@ class Labeler(nn.Module):
 
 
 def fit_vectors(kind: str, gpt: nn.Module, corpus: Corpus, vocab_size: int) -> Labeler:
-    """A Labeler without centroids, its statistics from (at most 50,000 sentences of) the training split."""
+    """A Labeler without centroids, its statistics from (at most 50,000 sentences of)
+    the training split."""
     table = None
     device = gpt.wte.weight.device
     if kind == "sif":
@@ -97,15 +102,12 @@ def fit_vectors(kind: str, gpt: nn.Module, corpus: Corpus, vocab_size: int) -> L
         p = torch.tensor(counts / counts.sum(), dtype=torch.float32, device=device)
         table = gpt.wte.weight.detach()[:vocab_size].float() * (SIF_A / (SIF_A + p))[:, None]
     width = gpt.wte.weight.shape[1]
-    zeros = torch.zeros(width, device=device)
-    labeler = Labeler(table, None if kind == "sif" else gpt, zeros, zeros.clone())
+    labeler = Labeler(table, None if kind == "sif" else gpt, torch.zeros(width, device=device))
     with torch.no_grad():
         chunks = range(0, corpus.n_sentences, CHUNK)
         chunks = chunks[::max(1, len(chunks) * CHUNK // 50_000)]
         sample = torch.cat([labeler.raw(*_sentences(corpus, i, device)) for i in chunks]).double()
         labeler.mean = sample.mean(0).float()
-        centred = sample - sample.mean(0)
-        labeler.component = torch.linalg.eigh(centred.T @ centred)[1][:, -1].float()
     return labeler
 
 
@@ -119,8 +121,8 @@ def _sentences(corpus: Corpus, i: int, device=None):
 
 
 def embed_corpus(labeler: Labeler, corpus: Corpus, path: Path | None = None) -> np.ndarray:
-    """The vectors (n, E) of a corpus's finished sentences in half precision: in memory, or as a memory map
-    under `path`, written once and moved into place when whole."""
+    """The vectors (n, E) of a corpus's finished sentences in half precision: in memory, or as a
+    memory map under `path`, written once and moved into place when whole."""
     shape = (corpus.n_sentences, len(labeler.mean))
     if path is not None and path.exists():
         vectors = np.load(path, mmap_mode="r")
@@ -129,7 +131,8 @@ def embed_corpus(labeler: Labeler, corpus: Corpus, path: Path | None = None) -> 
     working = path and path.with_name(f"{path.name}.{os.getpid()}.tmp")
     vectors = np.empty(shape, np.float16) if path is None else np.lib.format.open_memmap(
         working, "w+", np.float16, shape)
-    for i in tqdm(range(0, corpus.n_sentences, CHUNK), desc="vectors", leave=False, disable=path is None):
+    chunks = range(0, corpus.n_sentences, CHUNK)
+    for i in tqdm(chunks, desc="vectors", leave=False, disable=path is None):
         vectors[i:i + CHUNK] = labeler.embed(*_sentences(corpus, i)).cpu().numpy()
     if path is None:
         return vectors
@@ -146,7 +149,7 @@ def label_corpus(labeler: Labeler, vectors: np.ndarray) -> np.ndarray:
     return np.concatenate(parts or [np.zeros(0, np.int32)])
 
 
-# --- k-means ----------------------------------------------------------------------------------------------
+# --- k-means --------------------------------------------------------------------------------------
 
 def _rows(x, index, device) -> torch.Tensor:
     """Rows of an array, memory map or tensor, in float32."""
@@ -156,8 +159,8 @@ def _rows(x, index, device) -> torch.Tensor:
 
 def _nearest(x: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x (n, E) -> (n,) index of the nearest centroid, and (n,) its squared distance."""
-    # |x - c|^2 = |x|^2 - 2 x.c + |c|^2, whose first term is the same for all c; it loses digits far from
-    # the origin, so that is moved amidst the centroids first
+    # |x - c|^2 = |x|^2 - 2 x.c + |c|^2, whose first term is the same for all c; it loses digits far
+    # from the origin, so that is moved amidst the centroids first
     middle = centroids.mean(0)
     x, c = x - middle, centroids - middle
     label = torch.addmm(c.square().sum(1), x, c.T, alpha=-2).argmin(1)                  # of (n, K)
@@ -165,33 +168,40 @@ def _nearest(x: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 def _plus_plus(x: torch.Tensor, k: int, generator: torch.Generator) -> torch.Tensor:
-    """k-means++ start (Arthur and Vassilvitskii, 2007): each next centroid is a point drawn in proportion
-    to its squared distance from those before; where all points are taken, any point again."""
-    centroids = x.new_empty(k, x.shape[1])
-    distance = x.new_ones(len(x))
+    """Greedy k-means++ start (Arthur and Vassilvitskii, 2007): of a few points drawn in proportion
+    to their squared distance from the centroids so far, the one that lowers the inertia most;
+    where all points are taken, any point again."""
+    centroids, trials = x.new_empty(k, x.shape[1]), 2 + int(math.log(k))
+    distance, square = x.new_full((len(x),), math.inf), x.square().sum(1)
     for j in range(k):
-        weights = distance if distance.sum() > 0 else torch.ones_like(distance)
+        weights = distance if j and distance.sum() > 0 else torch.ones_like(distance)
         ladder = weights.double().cumsum(0)
-        draw = torch.rand(1, generator=generator, dtype=torch.float64).to(x.device) * ladder[-1]
-        centroids[j] = x[torch.searchsorted(ladder, draw, right=True).clamp(max=len(x) - 1)]
-        new = (x - centroids[j]).square().sum(1)
-        distance = new if j == 0 else torch.minimum(distance, new)
+        draws = torch.rand(trials, generator=generator, dtype=torch.float64).to(x.device)
+        picks = torch.searchsorted(ladder, draws * ladder[-1], right=True).clamp(max=len(x) - 1)
+        new = torch.addmm(square[:, None], x, x[picks].T, alpha=-2) + square[picks]     # (n, trials)
+        new = torch.minimum(distance[:, None], new.clamp(min=0))
+        new[picks, range(trials)] = 0                # exactly, whatever the rounding
+        best = int(new.sum(0).argmin())
+        centroids[j], distance = x[picks[best]], new[:, best]
     return centroids
 
 
 def kmeans(x, k: int, seed: int = 0, iters: int = 50, tol: float = 1e-4, device: str = "cpu",
-           start: torch.Tensor | None = None, mini_batch: bool | None = None, history: list | None = None):
-    """k-means of x (N, E), an array, memory map or tensor -> centroids (K, E), labels (N,), inertia.
+           start: torch.Tensor | None = None, mini_batch: bool | None = None,
+           history: list | None = None):
+    """k-means of x (N, E), an array, memory map or tensor
+    -> centroids (K, E), labels (N,), inertia.
 
-    Full Lloyd up to MINI_BATCH_ABOVE vectors, mini-batch above (or as `mini_batch` says), in chunks: N x K
-    is never held whole. Stops when an iteration lowers the inertia (the sum of squared distances) by less
-    than `tol` of it; `history` receives each iteration's. Empty clusters take the points farthest from
-    their centroids; with fewer distinct points than K the surplus stays empty. The labels are those of the
-    centroids returned. Raises ValueError for N < K.
+    Full Lloyd up to MINI_BATCH_ABOVE vectors, mini-batch above (or as `mini_batch` says), in
+    chunks: N x K is never held whole. Stops when an iteration lowers the inertia (the sum of
+    squared distances) by less than `tol` of it; `history` receives each iteration's. Empty clusters
+    take the points farthest from their centroids; with fewer distinct points than K the surplus
+    stays empty. The labels are those of the centroids returned. Raises ValueError for N < K.
     """
     N, E = x.shape
     if not 1 <= k <= N:
-        raise ValueError(f"n_labels={k} must lie between 1 and the {N} sentences of the training split")
+        raise ValueError(f"n_labels={k} must lie between 1 and "
+                         f"the {N} sentences of the training split")
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(N, generator=generator)[:max(1 << 14, 8 * k)].sort().values
     if start is None:
@@ -242,8 +252,8 @@ def _lloyd_pass(x, centroids):
 
 
 def _mini_batch(x, centroids, iters: int, generator, size: int = 1 << 14):
-    """Mini-batch k-means (Sculley, 2010): each centroid moves to the running mean of the points that it was
-    given; one that has got none after a batch takes a point of that batch."""
+    """Mini-batch k-means (Sculley, 2010): each centroid moves to the running mean of the points
+    that it was given; one that has got none after a batch takes a point of that batch."""
     counts = torch.zeros(len(centroids), device=centroids.device)
     for _ in range(iters * 4):
         rows = torch.randint(len(x), (size,), generator=generator).sort().values.numpy()
@@ -259,7 +269,7 @@ def _mini_batch(x, centroids, iters: int, generator, size: int = 1 << 14):
     return centroids
 
 
-# --- what the labels mean ---------------------------------------------------------------------------------
+# --- what the labels mean -------------------------------------------------------------------------
 
 def _before(labels: np.ndarray, corpus: Corpus, k: int) -> np.ndarray:
     """int64 (n,): the label of the sentence before each, K at the start of a document."""
@@ -269,14 +279,15 @@ def _before(labels: np.ndarray, corpus: Corpus, k: int) -> np.ndarray:
 
 
 def transitions(labels: np.ndarray, corpus: Corpus, k: int) -> torch.Tensor:
-    """int64 (K + 1, K): how often label b follows a within a document; row K counts the documents' first."""
+    """int64 (K + 1, K): how often label b follows a within a document;
+    row K counts the documents' first."""
     counts = np.bincount(_before(labels, corpus, k) * k + labels, minlength=(k + 1) * k)
     return torch.from_numpy(counts).view(k + 1, k)
 
 
 def baselines(counts: torch.Tensor, labels: np.ndarray, corpus: Corpus) -> dict[str, float]:
-    """Cross-entropy in nats of the label unigram and of the label bigram, both counted on the training
-    split, on the sentences of a corpus: what a planner must beat."""
+    """Cross-entropy in nats of the label unigram and of the label bigram, both counted on the
+    training split, on the sentences of a corpus: what a planner must beat."""
     k = counts.shape[1]
     unigram = (counts.sum(0).double() + 1) / (counts.sum() + k)                         # (K,)
     # each context is smoothed towards the unigram with the weight of 16 sentences
@@ -309,4 +320,5 @@ def describe(labeler: Labeler, corpus: Corpus, vectors: np.ndarray, labels: np.n
         score = {w: c / (everywhere[w] + 10) * math.log1p(c) for w, c in within[label].items()}
         return sorted(score, key=lambda w: (-score[w], w))[:6]
 
-    return [{"size": int(sizes[j]), "words": characteristic(j), "sentences": sentences[j]} for j in range(k)]
+    return [{"size": int(sizes[j]), "words": characteristic(j), "sentences": sentences[j]}
+            for j in range(k)]

@@ -1,11 +1,12 @@
 """The GPT, and the one function this project is about: `mix_labels`.
 
-Shapes, here and everywhere: B batch, T tokens, S sentences, P sentences with those before the window,
-K labels, C model width, E sentence-vector width, V vocabulary, H heads, D head width.
+Shapes, here and everywhere: B batch, T tokens, S sentences, P sentences with those before the
+window, K labels, C model width, E sentence-vector width, V vocabulary, H heads, D head width.
 
-The GPT is GPT-2 (Radford et al., 2019) without dropout and biases. A plan enters every block as a linear
-map of the plan, zero at the start, added to the attention output before the output projection. It is
-projected for each sentence and looked up for each token afterwards, since S is much smaller than T.
+The GPT is GPT-2 (Radford et al., 2019) without dropout and biases. A plan enters every block
+as a linear map of the plan, zero at the start, added to the attention output before the
+output projection. It is projected for each sentence and looked up for each token afterwards,
+since S is much smaller than T.
 """
 import math
 
@@ -13,28 +14,33 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# NOTE(paper): the paper compares selecting one label with mixing them; the rest are controls (DESIGN 1).
-PLANS = ("none", "fixed", "uniform", "hard", "straight_through", "gumbel", "soft_frozen", "soft", "oracle")
+# NOTE(paper): the paper compares selecting one label with mixing them;
+# the rest are controls (DESIGN 1).
+PLANS = ("none", "fixed", "uniform", "hard", "straight_through", "gumbel",
+         "soft_frozen", "soft", "oracle")
 END_TO_END = ("straight_through", "gumbel", "soft")          # the LM loss reaches the planner
 USES_PLANNER = ("hard", "soft_frozen", *END_TO_END)
 
 
-def mix_labels(logits: torch.Tensor, label_emb: torch.Tensor, plan: str, labels: torch.Tensor | None = None,
-               tau: float = 1.0, generator: torch.Generator | None = None) -> torch.Tensor:
+def mix_labels(logits: torch.Tensor, label_emb: torch.Tensor, plan: str,
+               labels: torch.Tensor | None = None, tau: float = 1.0,
+               generator: torch.Generator | None = None) -> torch.Tensor:
     """The planner's logits (B, S, K) and the label embeddings (K, C) -> the plan's rows (B, S, C).
 
-    labels (B, S) are the true ones, which `oracle` alone looks at (-1 where unknown: taken as 0). `tau` is
-    gumbel's temperature; without a generator there is no noise, and gumbel is soft. Source: "End-to-end
-    Planner Training for Language Modeling", arXiv 2410.12492. Raises KeyError for an unknown plan.
+    labels (B, S) are the true ones, which `oracle` alone looks at (-1 where unknown: taken as 0).
+    `tau` is gumbel's temperature; without a generator there is no noise, and gumbel is soft.
+    Source: "End-to-end Planner Training for Language Modeling", arXiv 2410.12492.
+    Raises KeyError for an unknown plan.
     """
     K = label_emb.shape[0]
-    one_hot = lambda index: F.one_hot(index, K).to(label_emb.dtype)             # (B, S) -> (B, S, K)
-    probs = logits.softmax(-1)                                                  # (B, S, K)
+    one_hot = lambda index: F.one_hot(index, K).to(label_emb.dtype)         # (B, S) -> (B, S, K)
+    probs = logits.softmax(-1)                                              # (B, S, K)
     weights = {
         "fixed": lambda: one_hot(torch.zeros_like(logits[..., 0], dtype=torch.long)),
         "uniform": lambda: torch.full_like(probs, 1 / K).detach(),
         "hard": lambda: one_hot(logits.argmax(-1)),
-        # the value is exactly one_hot, for the bracket is exactly zero; the gradient is that of probs
+        # the value is exactly one_hot, for the bracket is exactly zero;
+        # the gradient is that of probs
         "straight_through": lambda: one_hot(logits.argmax(-1)) + (probs - probs.detach()),
         "gumbel": lambda: probs if generator is None else (
             (logits + _gumbel_noise(logits, generator)) / tau).softmax(-1),
@@ -47,12 +53,14 @@ def mix_labels(logits: torch.Tensor, label_emb: torch.Tensor, plan: str, labels:
 
 def _gumbel_noise(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     # in float32 whatever the logits are: in bfloat16, 1 - 1e-6 is 1, and the noise infinite
-    uniform = torch.rand(logits.shape, generator=generator, device=generator.device).clamp(1e-6, 1 - 1e-6)
+    uniform = torch.rand(logits.shape, generator=generator, device=generator.device)
+    uniform = uniform.clamp(1e-6, 1 - 1e-6)
     return -(-uniform.log()).log().to(logits)
 
 
 class Cache:
-    """Keys and values of the tokens so far, for generation: one pair (B, H, block_size, D) a layer."""
+    """Keys and values of the tokens so far, for generation:
+    one pair (B, H, block_size, D) a layer."""
 
     def __init__(self):
         self.layers, self.length = {}, 0
@@ -83,7 +91,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self, k, v, room)
         # With a cache, T is 1 or the cache was empty: either way no mask but the plain causal one
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+        causal = mask is None and T > 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         y = y.transpose(1, 2).reshape(B, T, C)
         if plan is not None:
             rows = self.plan_map(plan)                                          # (B, S, C)
@@ -108,20 +117,24 @@ class Block(nn.Module):
 
 
 def init_weights(module: nn.Module, n_layer: int, generator: torch.Generator) -> None:
-    """GPT-2's initialisation: N(0, 0.02^2), residual projections narrower by sqrt(2 n_layer), plan maps 0."""
+    """GPT-2's initialisation: N(0, 0.02^2),
+    residual projections narrower by sqrt(2 n_layer), plan maps 0."""
     for name, p in module.named_parameters():
         if "plan_map" in name:
             nn.init.zeros_(p)
         elif p.dim() >= 2:
             residual = name.endswith(("proj.weight", "down.weight"))
-            nn.init.normal_(p, std=0.02 / math.sqrt(2 * n_layer) if residual else 0.02, generator=generator)
+            std = 0.02 / math.sqrt(2 * n_layer) if residual else 0.02
+            nn.init.normal_(p, std=std, generator=generator)
 
 
 class MeanCrossEntropy(torch.autograd.Function):
-    """The mean of F.cross_entropy(F.linear(x, weight), targets, ignore_index=-1), a few rows at a time.
+    """The mean of F.cross_entropy(F.linear(x, weight), targets, ignore_index=-1),
+    a few rows at a time.
 
-    x (n, C), weight (V, C), targets (n,) -> a scalar, nats. The gradient is worked out along with the loss,
-    so the (n, V) logits are never held: on a CPU a chunk stays in the cache, which halves the time.
+    x (n, C), weight (V, C), targets (n,) -> a scalar, nats. The gradient is worked out
+    along with the loss, so the (n, V) logits are never held: on a CPU a chunk stays in the
+    cache, which halves the time.
     """
 
     @staticmethod
@@ -159,9 +172,10 @@ class GPT(nn.Module):
                  n_labels: int = 0, seed: int = 0):
         super().__init__()
         if n_embd % n_head:
-            raise ValueError(f"n_head={n_head} does not divide n_embd={n_embd}: choose one that does")
+            raise ValueError(f"n_head={n_head} does not divide n_embd={n_embd}: "
+                             "choose one that does")
         self.block_size, self.vocab_size = block_size, vocab_size
-        padded = -(-vocab_size // 64) * 64                   # matrices of a multiple of 64 are faster
+        padded = -(-vocab_size // 64) * 64               # matrices of a multiple of 64 are faster
         self.wte = nn.Embedding(padded, n_embd)
         self.wpe = nn.Embedding(block_size, n_embd)
         self.blocks = nn.ModuleList(Block(n_embd, n_head, n_labels > 0) for _ in range(n_layer))
@@ -185,14 +199,17 @@ class GPT(nn.Module):
             cache.length += T
         return self.ln_f(x)
 
-    def forward(self, tokens, targets=None, plan=None, sentence_id=None, cache=None, reduction="mean"):
-        """tokens (B, T), plan (B, S, C), sentence_id (B, T) -> logits (B, T, V); with targets (B, T) the
-        next-token loss in nats, a scalar or, with reduction="none", (B, T). A target of -1 counts nothing.
+    def forward(self, tokens, targets=None, plan=None, sentence_id=None, cache=None,
+                reduction="mean"):
+        """tokens (B, T), plan (B, S, C), sentence_id (B, T) -> logits (B, T, V);
+        with targets (B, T) the next-token loss in nats, a scalar or, with reduction="none",
+        (B, T). A target of -1 counts nothing.
         Raises ValueError where the tokens and the cache exceed block_size."""
         x = self.hidden(tokens, plan, sentence_id, cache)
         if targets is None:
-            return F.linear(x, self.wte.weight)[..., :self.vocab_size]          # (B, T, V), tied weights
+            return F.linear(x, self.wte.weight)[..., :self.vocab_size]  # (B, T, V), tied weights
         if reduction == "mean":
             return MeanCrossEntropy.apply(x.flatten(0, 1), self.wte.weight, targets.flatten())
         logits = F.linear(x, self.wte.weight).flatten(0, 1)
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none").view_as(targets)
+        loss = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none")
+        return loss.view_as(targets)

@@ -1,4 +1,4 @@
-"""Trains a language model that plans, end to end, on one machine: `python train.py [--name=value ...]`.
+"""Trains a language model that plans, end to end: `python train.py [--name=value ...]`.
 
 Four stages, each with a checkpoint in out_dir:
   lm       the GPT alone                                        -> lm.pt
@@ -6,9 +6,9 @@ Four stages, each with a checkpoint in out_dir:
   planner  the planner alone, to predict the next label         -> planner.pt
   joint    once for each plan: GPT, label embeddings and (for the plans that are end to end) planner
            together on the next-token loss                      -> joint_<plan>.pt
-All plans start from the same three files and see the same batches in the same order, so their differences
-are paired. Batches, and gumbel's noise, are functions of (seed, stage, step): there is no random state to
-save, and a resumed run ends bit for bit like an undisturbed one on the CPU.
+All plans start from the same three files and see the same batches in the same order, so their
+differences are paired. Batches, and gumbel's noise, are functions of (seed, stage, step): there is
+no random state to save, and a resumed run ends bit for bit like an undisturbed one on the CPU.
 """
 import dataclasses
 import json
@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,24 +32,26 @@ from model import END_TO_END, GPT, PLANS
 from planner import PlannedGPT, Planner, label_loss
 
 
-# --- options ----------------------------------------------------------------------------------------------
+# --- options --------------------------------------------------------------------------------------
 
 def opt(default, text):
+    """An option's default and what --help says of it."""
     return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class Config:
+    """Every option. The command line is made from these fields."""
     # what, where
-    data: str = opt("docstrings", "docstrings, wikitext103, tinystories, or a file or folder of UTF-8 text")
+    data: str = opt("docstrings", "docstrings, wikitext103, tinystories, or a path to UTF-8 text")
     tokenizer: str = opt("bpe", "bpe (trained on the corpus) or gpt2 (downloaded once by tiktoken)")
     vocab_size: int = opt(4096, "tokens of the bpe tokenizer; gpt2 has its own 50257")
     cache_dir: str = opt("cache", "where prepared corpora and downloads are kept")
     out_dir: str = opt("out", "where this run's files go")
     seed: int = opt(0, "of initialisation, batches, k-means and noise")
     device: str = opt("auto", "auto (cuda, then mps, then cpu), cuda, mps or cpu")
-    dtype: str = opt("auto", "auto (bfloat16 where this device is faster with it), bfloat16 or float32")
-    preset: str = opt("laptop", "a set of defaults: laptop, gpu, or tiny (seconds, to try things out)")
+    dtype: str = opt("auto", "auto (bfloat16 where that is faster here), bfloat16 or float32")
+    preset: str = opt("laptop", "a set of defaults: laptop, gpu, or tiny (to try things out)")
     resume: bool = opt(False, "go on in an out_dir that holds stages already")
     compile: bool = opt(False, "torch.compile the models; minutes at first, faster steps on a GPU")
     plans: str = opt("none,hard,soft", f"the joint stages, of {','.join(PLANS)}; or all")
@@ -58,7 +61,7 @@ class Config:
     n_embd: int = opt(192, "width of the GPT")
     block_size: int = opt(64, "window of the GPT in tokens")
     # labels
-    vectors: str = opt("sif", "sentence vectors: sif (weighted token embeddings) or hidden (hidden states)")
+    vectors: str = opt("sif", "sif (weighted token embeddings) or hidden (hidden states)")
     n_labels: int = opt(256, "K: labels, the clusters of k-means")
     kmeans_iters: int = opt(50, "iterations of k-means at most")
     # planner
@@ -66,7 +69,7 @@ class Config:
     planner_head: int = opt(3, "attention heads of the planner")
     planner_embd: int = opt(192, "width of the planner")
     planner_reach: int = opt(48, "how many sentences before the window the planner can look back")
-    planner_view: str = opt("document", "document, or window: no sentence that the GPT can't see whole")
+    planner_view: str = opt("document", "document; or window: only what the GPT sees, too")
     # training
     batch_size: int = opt(32, "windows in a micro-batch")
     grad_accum: int = opt(1, "micro-batches in a step")
@@ -76,10 +79,10 @@ class Config:
     joint_steps: int = opt(800, "steps of stage joint, for each plan")
     lm_lr: float = opt(2e-3, "peak learning rate of stage lm")
     planner_lr: float = opt(1e-3, "peak learning rate of stage planner")
-    joint_lr: float = opt(1e-3, "peak learning rate of the GPT in stage joint")
-    joint_planner_lr: float = opt(1e-3, "peak learning rate of the planner in stage joint")
+    joint_lr: float = opt(2e-3, "peak learning rate of the GPT in stage joint")
+    joint_planner_lr: float = opt(5e-4, "peak learning rate of the planner in stage joint")
     unfreeze_step: int = opt(0, "step of stage joint from which the planner is trained")
-    label_loss_weight: float = opt(0.0, "weight of the planner's label loss beside the LM loss, stage joint")
+    label_loss_weight: float = opt(0.0, "of the label loss beside the LM loss, stage joint")
     gumbel_tau: float = opt(1.0, "temperature of the plan gumbel")
     warmup: float = opt(0.05, "share of a stage's steps in which the learning rate rises")
     min_lr: float = opt(0.1, "share of the peak learning rate at a stage's end")
@@ -94,66 +97,74 @@ class Config:
     def check(self) -> None:
         """Raises ValueError for a value, or a combination, that can't be."""
         choices = {"tokenizer": ("bpe", "gpt2"), "dtype": ("auto", "bfloat16", "float32"),
-                   "preset": tuple(PRESETS), "vectors": ("sif", "hidden"), "planner_view": ("document", "window")}
+                   "preset": tuple(PRESETS), "vectors": ("sif", "hidden"),
+                   "planner_view": ("document", "window")}
         for name, allowed in choices.items():
             if (given := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name}={given}: choose {' or '.join(allowed)}")
-        positive = ("n_layer n_head n_embd block_size n_labels kmeans_iters planner_layer planner_head "
-                    "planner_embd planner_reach batch_size grad_accum planner_batch lm_steps planner_steps "
-                    "joint_steps gumbel_tau grad_clip eval_every eval_tokens save_every")
+        positive = ("n_layer n_head n_embd block_size n_labels kmeans_iters planner_layer "
+                    "planner_head planner_embd planner_reach batch_size grad_accum planner_batch "
+                    "lm_steps planner_steps joint_steps gumbel_tau grad_clip eval_every "
+                    "eval_tokens save_every")
         for name in positive.split():
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be above 0")
         for f in dataclasses.fields(self):
-            if f.type is float and not (math.isfinite(value := getattr(self, f.name)) and value >= 0):
+            value = getattr(self, f.name)
+            if f.type is float and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{f.name}={value}: must be finite and not below 0")
         for n_head, n_embd in (("n_head", "n_embd"), ("planner_head", "planner_embd")):
             if getattr(self, n_embd) % getattr(self, n_head):
                 raise ValueError(f"{n_head}={getattr(self, n_head)} does not divide "
                                  f"{n_embd}={getattr(self, n_embd)}: choose one that does")
         if self.vocab_size < 257:
-            raise ValueError(f"vocab_size={self.vocab_size}: must be at least 257, a token for each byte and "
-                             "one for <|endoftext|>")
+            raise ValueError(f"vocab_size={self.vocab_size}: must be at least 257, a token for "
+                             "each byte and one for <|endoftext|>")
         if self.beta2 >= 1:
             raise ValueError(f"beta2={self.beta2}: must be below 1")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: must not be below 0")
-        self.plan_names
+        self.plan_names                              # raises, too
 
     @property
     def plan_names(self) -> list[str]:
+        """--plans as a list, in the order given."""
         names = PLANS if self.plans == "all" else self.plans.split(",")
         for name in names:
             if name not in PLANS:
-                raise ValueError(f"plans={self.plans}: {name!r} is not one of {', '.join(PLANS)}, all")
+                raise ValueError(f"plans={self.plans}: {name!r} is not one of {', '.join(PLANS)}, "
+                                 "all")
         return list(dict.fromkeys(names))
 
 
 PRESETS = {
     "laptop": {},
-    "tiny": dict(vocab_size=512, n_layer=1, n_head=2, n_embd=32, block_size=32, n_labels=8, planner_layer=1,
-                 planner_head=2, planner_embd=32, planner_reach=16, batch_size=8, planner_batch=8,
-                 lm_steps=20, planner_steps=20, joint_steps=20, eval_tokens=2048),
+    "tiny": dict(vocab_size=512, n_layer=1, n_head=2, n_embd=32, block_size=32, n_labels=8,
+                 planner_layer=1, planner_head=2, planner_embd=32, planner_reach=16, batch_size=8,
+                 planner_batch=8, lm_steps=20, planner_steps=20, joint_steps=20, eval_tokens=2048),
     # a GPT of 124 M parameters; a step is 0.5 M tokens
     "gpu": dict(tokenizer="gpt2", n_layer=12, n_head=12, n_embd=768, block_size=1024, n_labels=1024,
-                planner_layer=4, planner_head=12, planner_embd=768, planner_reach=128, batch_size=32,
-                grad_accum=16, planner_batch=128, lm_steps=2000, planner_steps=4000, joint_steps=1000,
-                lm_lr=6e-4, planner_lr=3e-4, joint_lr=3e-4, joint_planner_lr=3e-4, eval_every=250,
-                eval_tokens=262144, save_every=250, compile=True),
+                planner_layer=4, planner_head=12, planner_embd=768, planner_reach=128,
+                batch_size=32, grad_accum=16, planner_batch=128, lm_steps=2000, planner_steps=4000,
+                joint_steps=1000, lm_lr=6e-4, planner_lr=3e-4, joint_lr=3e-4, joint_planner_lr=3e-4,
+                eval_every=250, eval_tokens=262144, save_every=250, compile=True),
 }
 
-# What each stage depends on, beside what the stages before it do. A finished stage is reused if none of
-# these changed; `plans`, what is watched, and where files lie change nothing.
+# What each stage depends on, beside what the stages before it do. A finished stage is reused if
+# none of these changed; `plans`, what is watched, and where files lie change nothing.
 STAGE_OPTIONS = {
-    "lm": "fingerprint tokenizer vocab_size seed dtype n_layer n_head n_embd block_size batch_size grad_accum "
-          "lm_steps lm_lr warmup min_lr weight_decay beta2 grad_clip",
+    "lm": "fingerprint tokenizer vocab_size seed dtype n_layer n_head n_embd block_size batch_size "
+          "grad_accum lm_steps lm_lr warmup min_lr weight_decay beta2 grad_clip",
     "labels": "vectors n_labels kmeans_iters",
-    "planner": "planner_layer planner_head planner_embd planner_reach planner_batch planner_steps planner_lr",
-    "joint": "planner_view joint_steps joint_lr joint_planner_lr unfreeze_step label_loss_weight gumbel_tau",
+    "planner": "planner_layer planner_head planner_embd planner_reach planner_batch planner_steps "
+               "planner_lr",
+    "joint": "planner_view joint_steps joint_lr joint_planner_lr unfreeze_step label_loss_weight "
+             "gumbel_tau",
 }
 
 
 def boolean(text: str) -> bool:
+    """true, false, 1 or 0; ValueError for anything else, which argparse reports."""
     if text.lower() not in ("true", "false", "1", "0"):
         raise ValueError
     return text.lower() in ("true", "1")
@@ -167,7 +178,7 @@ def parse_config(argv=None) -> Config:
         bare = dict(nargs="?", const=True) if f.type is bool else {}
         parser.add_argument(f"--{f.name}", type=kind, metavar=f.type.__name__, default=None, **bare,
                             help=f"{f.metadata['help'].replace('%', '%%')} [{f.default}]")
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    given = {k: value for k, value in vars(parser.parse_args(argv)).items() if value is not None}
     preset = given.get("preset", Config.preset)
     if preset not in PRESETS:
         parser.error(f"preset={preset}: choose {' or '.join(PRESETS)}")
@@ -179,10 +190,10 @@ def parse_config(argv=None) -> Config:
     return config
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 def save_checkpoint(path: Path, saved: dict) -> None:
-    """Writes beside the file and moves into place, so that a failed save leaves the last one intact."""
+    """Writes beside the file and moves into place: a failed save leaves the last one intact."""
     working = path.with_name(path.name + ".tmp")
     try:
         torch.save({"format": evaluation.FORMAT, **saved}, working)
@@ -191,11 +202,12 @@ def save_checkpoint(path: Path, saved: dict) -> None:
         os.replace(working, path)
     except (OSError, RuntimeError) as error:         # torch reports a full disk as a RuntimeError
         working.unlink(missing_ok=True)
-        raise OSError(f"could not write {path} ({str(error).splitlines()[0]}): what was saved before is "
-                      "intact; make room and go on with --resume") from None
+        raise OSError(f"could not write {path} ({str(error).splitlines()[0]}): what was saved "
+                      "before is intact; make room and go on with --resume") from None
 
 
 def write_json(path: Path, content: dict) -> None:
+    """As `save_checkpoint`: beside the file, then into place."""
     working = path.with_name(path.name + ".tmp")
     working.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(working, path)
@@ -211,16 +223,18 @@ class Job:
             torch.backends.cuda.matmul.allow_tf32 = True
         stages = sorted(self.out.glob("*.pt"))
         if stages and not config.resume:
-            raise ValueError(f"out_dir={self.out} holds {stages[0].name} already: go on with --resume, or "
-                             "choose another --out_dir")
+            raise ValueError(f"out_dir={self.out} holds {stages[0].name} already: go on with "
+                             "--resume, or choose another --out_dir")
         self.out.mkdir(parents=True, exist_ok=True)
         self.dtype = self._dtype()
-        self.store = data.prepare(config.data, config.tokenizer, config.vocab_size, Path(config.cache_dir))
+        self.store = data.prepare(config.data, config.tokenizer, config.vocab_size,
+                                  Path(config.cache_dir))
         self.train, self.val = self.store.split("train"), self.store.split("val")
         if config.n_labels > self.train.n_sentences:
             raise ValueError(f"n_labels={config.n_labels}: the training split has but "
-                             f"{self.train.n_sentences} sentences; ask for fewer labels, or give more text")
-        data.batch_starts(len(self.train.tokens), config.block_size, 1, (0,), 0)         # the window fits
+                             f"{self.train.n_sentences} sentences; ask for fewer labels, or give "
+                             "more text")
+        data.batch_starts(len(self.train.tokens), config.block_size, 1, (0,), 0)    # does it fit?
         resolved = {"dtype": self.dtype, "fingerprint": self.store.meta["fingerprint"]}
         self.options = dataclasses.asdict(config) | resolved
         data.save_tokenizer(self.out / "tokenizer.json", self.store.tokenizer)
@@ -240,22 +254,25 @@ class Job:
         """The options that a stage's result depends on, with their values."""
         stages = list(STAGE_OPTIONS)
         needs = stages[:stages.index(name.split("_")[0]) + 1]
-        if name == "joint_none":                     # the plain GPT knows neither labels nor planner
+        if name == "joint_none":                     # the plain GPT knows no labels, no planner
             needs = ["lm", "joint"]
-        return {option: self.options[option] for stage in needs for option in STAGE_OPTIONS[stage].split()}
+        return {option: self.options[option] for stage in needs
+                for option in STAGE_OPTIONS[stage].split()}
 
     def load(self, name: str) -> dict | None:
-        """The checkpoint `name` if it can be used: None where there is none or its options changed."""
-        path, depends = self.out / f"{name}.pt", self.depends(name)
+        """The checkpoint `name`, or None where there is none or its options changed."""
+        path = self.out / f"{name}.pt"
         if not path.exists():
             return None
         saved = evaluation.load_checkpoint(path)
-        changed = [f"{key} was {saved['depends'].get(key)}, is {value}" for key, value in depends.items()
-                   if saved["depends"].get(key) != value]
+        before = saved["depends"]
+        changed = [f"{key} was {before.get(key)}, is {value}"
+                   for key, value in self.depends(name).items() if before.get(key) != value]
         if changed:
             print(f"{name}: done anew, for {'; '.join(changed)}")
             return None
-        print(f"{name}: finished before, reused" if saved["done"] else f"{name}: goes on at step {saved['step']}")
+        done = "finished before, reused" if saved["done"] else f"goes on at step {saved['step']}"
+        print(f"{name}: {done}")
         return saved
 
     def sentences(self, split: str, labeler: labelling.Labeler) -> tuple[np.ndarray, np.ndarray]:
@@ -268,16 +285,17 @@ class Job:
         return self.known[split]
 
     def log(self, **entry) -> None:
+        """Adds a line to metrics.jsonl."""
         with open(self.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(entry) + "\n")
 
     def forget(self, name: str, step: int) -> None:
-        """Drops what metrics.jsonl has of a stage from a step on: those steps are about to be done again."""
+        """Drops what metrics.jsonl has of a stage after a step: that is about to be done again."""
         path = self.out / "metrics.jsonl"
         if path.exists():
-            kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")
-                    and not ((entry := json.loads(line))["stage"] == name and entry["step"] > step)]
-            path.write_text("".join(kept))
+            lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
+            again = lambda entry: entry["stage"] == name and entry["step"] > step
+            path.write_text("".join(line for line in lines if not again(json.loads(line))))
 
 
 def faster_dtype(device: torch.device) -> str:
@@ -298,14 +316,15 @@ def faster_dtype(device: torch.device) -> str:
     return "bfloat16" if seconds[torch.float32] > 1.5 * seconds[torch.bfloat16] else "float32"
 
 
-# --- the loop ---------------------------------------------------------------------------------------------
+# --- the loop -------------------------------------------------------------------------------------
 
 def learning_rate(step: int, steps: int, warmup: float, min_lr: float) -> float:
     """Share of the peak: a linear rise, then a cosine down to min_lr."""
     rise = max(1, round(warmup * steps))
     if step < rise:
         return (step + 1) / rise
-    return min_lr + (1 - min_lr) * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+    fall = (step - rise) / max(1, steps - rise)
+    return min_lr + (1 - min_lr) * 0.5 * (1 + math.cos(math.pi * fall))
 
 
 def make_optimizer(config: Config, parts: list[tuple[torch.nn.Module, float]], fused: bool):
@@ -322,23 +341,29 @@ def make_optimizer(config: Config, parts: list[tuple[torch.nn.Module, float]], f
 
 
 def noise_generator(device: torch.device, *key: int) -> torch.Generator:
+    """A generator of its own for each key, whatever was drawn before."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state >> 1))
 
 
-def fit(job: Job, name: str, saved, model, parts, steps: int, micro_batches, losses, validate, args):
-    """Trains one stage, from its checkpoint if there is one, and leaves its checkpoint behind.
+@dataclass
+class Stage:
+    """What the loop needs to know of a stage."""
+    name: str
+    model: torch.nn.Module
+    parts: list                                      # [(module, peak learning rate)] to be trained
+    steps: int
+    batches: Callable                                # step -> [Batch], micro-batches of one size
+    losses: Callable                                 # (model, batch, generator) -> {"loss": .., ..}
+    validate: Callable                               # () -> {"val_..": number}
+    args: dict                                       # how to build the modules again, to be saved
 
-    saved          what `Job.load` found of it
-    parts          [(module, peak learning rate)]: what is trained
-    micro_batches  step -> list of Batch, all of the same size
-    losses         (model, batch, generator) -> {"loss": .., ...}, scalars
-    validate       () -> {"val_...": number}
-    args           how to build the modules again, kept in the checkpoint
-    """
-    config = job.config
-    optimizer = make_optimizer(config, parts, fused=job.device.type in ("cpu", "cuda"))
-    first, skipped = 0, 0
+
+def fit(job: Job, stage: Stage, saved: dict | None) -> None:
+    """Trains a stage, from its checkpoint `saved` if there is one, and leaves its checkpoint."""
+    config, name, model, steps = job.config, stage.name, stage.model, stage.steps
+    optimizer = make_optimizer(config, stage.parts, fused=job.device.type in ("cpu", "cuda"))
+    first, skipped, in_a_row = 0, 0, 0
     if saved:
         model.load_state_dict(saved["model"])
         if saved["done"]:
@@ -348,26 +373,21 @@ def fit(job: Job, name: str, saved, model, parts, steps: int, micro_batches, los
     job.forget(name, first)
     run = torch.compile(model) if config.compile else model
     late = list(model.planner.parameters()) if getattr(model, "planner", None) else []
-    unit = "labels" if name == "planner" else "tokens"
-    in_a_row, tokens, begun = 0, 0, time.perf_counter()
+    tokens, begun = 0, time.perf_counter()
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, mininterval=0.5)
-
-    def save(step, done):
-        save_checkpoint(job.out / f"{name}.pt", {
-            "depends": job.depends(name), "step": step, "done": done, "skipped": skipped, **args,
-            "model": model.state_dict(), "optimizer": None if done else optimizer.state_dict()})
 
     for step in bar:
         # 1. learning rate
         share = learning_rate(step, steps, config.warmup, config.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * share
+
         # 2. gradients, over the micro-batches
-        batches, total = micro_batches(step), {}
+        batches, total = stage.batches(step), {}
         for micro, batch in enumerate(batches):
             noise = noise_generator(job.device, config.seed, step, micro)
             with evaluation.autocast(job.device, job.dtype):
-                found = losses(run, batch.to(job.device), noise)
+                found = stage.losses(run, batch.to(job.device), noise)
             (found["loss"] / len(batches)).backward()
             for key, value in found.items():
                 total[key] = total.get(key, 0.0) + value.detach() / len(batches)
@@ -375,6 +395,7 @@ def fit(job: Job, name: str, saved, model, parts, steps: int, micro_batches, los
         if step < config.unfreeze_step:
             for p in late:
                 p.grad = None                        # no optimizer step where there is no gradient
+
         # 3. clip and step; a step that is not finite is skipped, and several in a row end the run
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         if torch.isfinite(norm) and torch.isfinite(total["loss"]):
@@ -383,65 +404,75 @@ def fit(job: Job, name: str, saved, model, parts, steps: int, micro_batches, los
         else:
             skipped, in_a_row = skipped + 1, in_a_row + 1
             if in_a_row == 5:
-                raise ValueError(f"{name}: the loss or its gradient was not finite in 5 steps up to {step + 1}; "
-                                 f"lower the learning rate, then go on from the last checkpoint with --resume")
+                raise ValueError(f"{name}: the loss or its gradient was not finite in 5 steps, up "
+                                 f"to {step + 1}; the last checkpoint is intact: lower the "
+                                 "learning rate, or go on with --resume")
         optimizer.zero_grad(set_to_none=True)
+
         # 4. log, validate, save
         last = step + 1 == steps
         if (step + 1) % 10 == 0 or last:
             speed = tokens / (time.perf_counter() - begun)
             tokens, begun = 0, time.perf_counter()
             entry = {key: float(value) for key, value in total.items()}
-            job.log(stage=name, step=step + 1, **entry, lr=share, grad_norm=float(norm), skipped=skipped,
-                    per_second=speed)
+            job.log(stage=name, step=step + 1, **entry, lr=share, grad_norm=float(norm),
+                    skipped=skipped, per_second=speed)
+            unit = "labels" if name == "planner" else "tokens"
             note = f", {skipped} skipped" if skipped else ""
             bar.set_postfix_str(f"loss {entry['loss']:.3f}, {speed:,.0f} {unit}/s{note}")
         if (step + 1) % config.eval_every == 0 or last:
-            job.log(stage=name, step=step + 1, **validate())
+            job.log(stage=name, step=step + 1, **stage.validate())
             begun = time.perf_counter()
         if last or job.stop or (step + 1) % config.save_every == 0:
-            save(step + 1, last)
+            save_checkpoint(job.out / f"{name}.pt", {
+                "depends": job.depends(name), "step": step + 1, "done": last, "skipped": skipped,
+                "model": model.state_dict(), **stage.args,
+                "optimizer": None if last else optimizer.state_dict()})
         if job.stop:
             bar.close()
             raise KeyboardInterrupt
     bar.close()
 
 
-# --- the stages -------------------------------------------------------------------------------------------
+# --- the stages -----------------------------------------------------------------------------------
 
 def train_lm(job: Job) -> tuple[GPT, dict]:
+    """Stage lm: a GPT without plans, and how to build it again."""
     c = job.config
     args = dict(vocab_size=job.store.tokenizer.n_vocab, block_size=c.block_size, n_layer=c.n_layer,
                 n_head=c.n_head, n_embd=c.n_embd, seed=c.seed)
     model = PlannedGPT(GPT(**args), None, "none").to(job.device)
-    fit(job, "lm", job.load("lm"), model, [(model, c.lm_lr)], c.lm_steps,
-        lambda step: window_batches(job, step, 0),
-        lambda run, batch, noise: {"loss": run(batch)[0]},
-        lambda: validate_lm(job, model), {"gpt_args": args})
+    fit(job, Stage(
+        "lm", model, [(model, c.lm_lr)], c.lm_steps,
+        batches=lambda step: window_batches(job, step, 0),
+        losses=lambda run, batch, noise: {"loss": run(batch)[0]},
+        validate=lambda: validate_lm(job, model), args={"gpt_args": args}), job.load("lm"))
     return model.gpt, args
 
 
 def make_labels(job: Job, gpt: GPT, gpt_args: dict) -> labelling.Labeler:
+    """Stage labels: sentence vectors and k-means, on the training split alone."""
     c = job.config
-    saved = job.load("labels")
-    if saved:
+    if saved := job.load("labels"):
         return evaluation.load_labeler(saved).to(job.device)
     labeler = labelling.fit_vectors(c.vectors, gpt, job.train, job.store.tokenizer.n_vocab)
     vectors, _ = job.sentences("train", labeler)
-    labeler.centroids, labels, inertia = labelling.kmeans(vectors, c.n_labels, c.seed, c.kmeans_iters,
-                                                          device=job.device)
+    labeler.centroids, labels, inertia = labelling.kmeans(
+        vectors, c.n_labels, c.seed, c.kmeans_iters, device=job.device)
     labels = labels.cpu().numpy()
     job.known.clear()                                # that was without labels
     print(f"labels: k-means of {len(vectors):,} sentences into {c.n_labels}, inertia {inertia:.0f}")
+    described = labelling.describe(labeler, job.train, vectors, labels, job.store.tokenizer)
     save_checkpoint(job.out / "labels.pt", {
         "depends": job.depends("labels"), "done": True, "labeler": labeler.state_dict(),
         "gpt_args": gpt_args if c.vectors == "hidden" else None, "inertia": inertia,
         "transitions": labelling.transitions(labels, job.train, c.n_labels),
-        "descriptions": labelling.describe(labeler, job.train, vectors, labels, job.store.tokenizer)})
+        "descriptions": described})
     return labeler
 
 
-def train_planner(job: Job, labeler: labelling.Labeler) -> tuple[Planner, dict]:
+def train_planner(job: Job, labeler: labelling.Labeler) -> None:
+    """Stage planner: to predict the next sentence's label, by cross-entropy."""
     c = job.config
     args = dict(n_vector=len(labeler.mean), n_labels=c.n_labels, n_layer=c.planner_layer,
                 n_head=c.planner_head, n_embd=c.planner_embd, reach=c.planner_reach, seed=c.seed)
@@ -453,20 +484,23 @@ def train_planner(job: Job, labeler: labelling.Labeler) -> tuple[Planner, dict]:
         starts = data.batch_starts(job.train.n_sentences, width, c.planner_batch, (c.seed, 1), step)
         return [data.sentence_batch(job.train, starts, width, vectors, labels)]
 
-    fit(job, "planner", job.load("planner"), planner, [(planner, c.planner_lr)], c.planner_steps, batches,
-        lambda run, batch, noise: {"loss": label_loss(run(batch.vectors, batch.first), batch.labels)},
-        lambda: validate_planner(job, planner, labeler), {"planner_args": args})
-    return planner, args
+    def losses(run, batch, noise):
+        return {"loss": label_loss(run(batch.vectors, batch.first), batch.labels)}
+
+    fit(job, Stage("planner", planner, [(planner, c.planner_lr)], c.planner_steps, batches, losses,
+                   lambda: validate_planner(job, planner, labeler), {"planner_args": args}),
+        job.load("planner"))
 
 
 def train_joint(job: Job, plan: str, labeler: labelling.Labeler) -> None:
-    """Step 5 of the method: GPT and planner on the next-token loss, from the three finished stages."""
+    """Stage joint (step 5 of the method): GPT and planner on the next-token loss."""
     c = job.config
     if (saved := job.load(f"joint_{plan}")) and saved["done"]:
         return
     lm, planned = (evaluation.load_checkpoint(job.out / f"{name}.pt") for name in ("lm", "planner"))
-    gpt_args = lm["gpt_args"] | {"n_labels": 0 if plan == "none" else c.n_labels}
-    gpt, planner = GPT(**gpt_args), Planner(**planned["planner_args"])
+    args = {"gpt_args": lm["gpt_args"] | {"n_labels": 0 if plan == "none" else c.n_labels},
+            "planner_args": planned["planner_args"]}
+    gpt, planner = GPT(**args["gpt_args"]), Planner(**args["planner_args"])
     stage_1 = {name.removeprefix("gpt."): value for name, value in lm["model"].items()}
     gpt.load_state_dict(gpt.state_dict() | stage_1)
     if plan != "none":
@@ -474,68 +508,75 @@ def train_joint(job: Job, plan: str, labeler: labelling.Labeler) -> None:
     planner.load_state_dict(planned["model"])
     model = PlannedGPT(gpt, planner, plan, c.gumbel_tau).to(job.device)
     vectors, labels = job.sentences("train", labeler)
-    parts = [(model.gpt, c.joint_lr)] + ([(planner, c.joint_planner_lr)] if plan in END_TO_END else [])
+    parts = [(model.gpt, c.joint_lr)]
+    if plan in END_TO_END:
+        parts.append((model.planner, c.joint_planner_lr))
 
     def losses(run, batch, noise):
         lm_loss, logits = run(batch, noise)
-        if logits is None or not logits.requires_grad:
+        if plan not in END_TO_END:
             return {"loss": lm_loss}
         label = label_loss(logits, batch.labels)
-        return {"loss": lm_loss + c.label_loss_weight * label, "lm_loss": lm_loss, "label_loss": label}
+        return {"loss": lm_loss + c.label_loss_weight * label,
+                "lm_loss": lm_loss, "label_loss": label}
 
-    fit(job, f"joint_{plan}", saved, model, parts, c.joint_steps,
-        lambda step: window_batches(job, step, 2, vectors, labels), losses,
-        lambda: validate_lm(job, model, labeler), {"gpt_args": gpt_args, "planner_args": planned["planner_args"]})
+    fit(job, Stage(f"joint_{plan}", model, parts, c.joint_steps,
+                   lambda step: window_batches(job, step, 2, vectors, labels), losses,
+                   lambda: validate_lm(job, model, labeler), args), saved)
 
 
 def initial_label_emb(centroids: torch.Tensor, n_embd: int) -> torch.Tensor:
-    """Centroids (K, E) -> (K, C), through a fixed projection where the widths differ, with entries of size
-    0.2: with entries of size one, `hard` is 1 % worse than `none` (results/README.md), `soft` the same."""
-    if centroids.shape[1] != n_embd:
-        projection = torch.Generator().manual_seed(0)
-        centroids = centroids @ torch.randn(centroids.shape[1], n_embd, generator=projection)
-    return 0.2 * centroids / centroids.square().mean().sqrt().clamp(min=1e-6)
+    """Centroids (K, E) -> (K, C), through a fixed projection where the widths differ. Left as small
+    as they are (entries of about 0.05): scaled up to 0.2, wrong choices shout, and `hard` ends
+    above `none`."""
+    if centroids.shape[1] == n_embd:
+        return centroids.clone()                     # to be trained; the labels' own stay fixed
+    projection = torch.randn(centroids.shape[1], n_embd, generator=torch.Generator().manual_seed(0))
+    return centroids @ projection / n_embd ** 0.5
 
 
-def window_batches(job: Job, step: int, purpose: int, vectors=None, labels=None) -> list[data.Batch]:
+def window_batches(job: Job, step: int, purpose: int, vectors=None, labels=None):
+    """The micro-batches of a step: a function of the seed, the stage's purpose and the step."""
     c = job.config
     starts = data.batch_starts(len(job.train.tokens), c.block_size, c.batch_size * c.grad_accum,
                                (c.seed, purpose), step)
-    return [data.window_batch(job.train, rows, c.block_size, vectors, labels, c.planner_reach, c.planner_view)
+    return [data.window_batch(job.train, rows, c.block_size, vectors, labels, c.planner_reach,
+                              c.planner_view)
             for rows in starts.reshape(c.grad_accum, c.batch_size)]
 
 
 def validate_lm(job: Job, model: PlannedGPT, labeler: labelling.Labeler | None = None) -> dict:
+    """Nats a token on the first eval_tokens of validation, and what the planner says there."""
     c = job.config
     vectors, labels = job.sentences("val", labeler) if labeler else (None, None)
-    found = evaluation.score(model, job.val, vectors, labels, c.planner_reach, c.planner_view, c.batch_size,
-                             evaluation.autocast(job.device, job.dtype), c.eval_tokens)
-    result = {"val_nll": float(found.nll.mean())}
-    if model.planner is not None:
-        known = found.ce == found.ce                 # not NaN
-        result |= {"val_label_nats": float(found.ce[known].mean()), "val_top1": float((found.rank[known] == 0).mean()),
-                   "val_entropy": float(found.entropy[known].mean())}
-    return result
+    found = evaluation.score(model, job.val, vectors, labels, c.planner_reach, c.planner_view,
+                             context=evaluation.autocast(job.device, job.dtype),
+                             max_tokens=c.eval_tokens)
+    if model.planner is None:
+        return {"val_nll": float(found.nll.mean())}
+    known = ~np.isnan(found.ce)
+    return {"val_nll": float(found.nll.mean()), "val_label_nats": float(found.ce[known].mean()),
+            "val_top1": float((found.rank[known] == 0).mean()),
+            "val_entropy": float(found.entropy[known].mean())}
 
 
 @torch.no_grad()
 def validate_planner(job: Job, planner: Planner, labeler: labelling.Labeler) -> dict:
+    """Nats a label on the first eval_tokens / 16 sentences of validation."""
     vectors, labels = job.sentences("val", labeler)
     width = min(job.config.planner_reach, len(labels))
-    total = count = 0
-    for start in range(0, min(len(labels) - width, job.config.eval_tokens // 16) + 1, width):
-        batch = data.sentence_batch(job.val, torch.tensor([start]).numpy(), width, vectors, labels).to(job.device)
-        total += width * float(label_loss(planner(batch.vectors, batch.first), batch.labels))
-        count += width
-    return {"val_label_nats": total / count}
+    end = max(width, min(len(labels), job.config.eval_tokens // 16))
+    starts = np.arange(0, end - width + 1, width)
+    batch = data.sentence_batch(job.val, starts, width, vectors, labels).to(job.device)
+    return {"val_label_nats": float(label_loss(planner(batch.vectors, batch.first), batch.labels))}
 
 
 def run(config: Config) -> dict:
     """All stages; returns the content of results.json."""
     job = Job(config)
-    sizes = job.store.meta["splits"]
+    splits = job.store.meta["splits"]
     print(f"data: {config.data}, fingerprint {job.store.meta['fingerprint']}: "
-          + ", ".join(f"{s['tokens']['length']:,} {name} tokens" for name, s in sizes.items())
+          + ", ".join(f"{s['tokens']['length']:,} {name} tokens" for name, s in splits.items())
           + f"; {job.device}, {job.dtype}")
 
     def stop(signum, frame):                         # a second signal ends it at once
@@ -549,8 +590,8 @@ def run(config: Config) -> dict:
     train_planner(job, labeler)
     for plan in config.plan_names:
         train_joint(job, plan, labeler)
-    result = evaluation.Run.open(job.out, str(job.device))
-    results = evaluation.evaluate(result, job.val, sizes["val"]["bytes"], "val")
+    trained = evaluation.Run.open(job.out, str(job.device))
+    results = evaluation.evaluate(trained, job.val, splits["val"]["bytes"], "val")
     write_json(job.out / "results.json", results)
     print(evaluation.table(results))
     return results
@@ -562,7 +603,7 @@ def main(argv=None):
         try:
             run(config)
         except KeyboardInterrupt:
-            print(f"train.py: stopped and saved: go on with the same options and --resume "
+            print("train.py: stopped and saved: go on with the same options and --resume "
                   f"(out_dir={config.out_dir})", file=sys.stderr)
             sys.exit(130)
 

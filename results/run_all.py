@@ -4,9 +4,9 @@
     python results/run_all.py default            # one part: results/default.json
     python results/run_all.py --table            # the README's tables, from the JSON files
 
-Each part is some runs of train.py that differ in the seed alone, and writes results/NAME.json: the command, the
-machine, versions, and for each seed the results.json of its run, with its seconds. `test` is read by the
-parts that say so, once all is decided on validation.
+Each part is some runs of train.py that differ in the seed alone, and writes results/NAME.json: the
+command, the machine, versions, and for each seed the results.json of its run, with its seconds.
+`test` is read by the parts that say so, once all is decided on validation.
 """
 import json
 import math
@@ -30,7 +30,8 @@ PARTS = {
 
 def machine() -> str:
     import torch                                     # not needed for --table
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    device = (torch.cuda.get_device_name() if torch.cuda.is_available()
+              else f"{os.cpu_count()} CPU cores")
     return f"{device}, {platform.system()} {platform.machine()}"
 
 
@@ -43,27 +44,32 @@ def run_part(name: str) -> None:
             continue
         out = ROOT / f"out-results/{name}-{seed}"
         begun = time.time()
-        command = [sys.executable, "train.py", *shlex.split(options), f"--seed={seed}", f"--out_dir={out}", "--resume"]
+        command = [sys.executable, "train.py", *shlex.split(options), f"--seed={seed}",
+                   f"--out_dir={out}", "--resume"]
         subprocess.run(command, cwd=ROOT, check=True)
         seconds = time.time() - begun
         results = json.loads((out / "results.json").read_text())
         if split == "test":
-            subprocess.run([sys.executable, "eval.py", f"--out_dir={out}", "--split=test"], cwd=ROOT, check=True)
+            command = [sys.executable, "eval.py", f"--out_dir={out}", "--split=test"]
+            subprocess.run(command, cwd=ROOT, check=True)
             results["test"] = json.loads((out / "eval.json").read_text())["plans"]
         part["runs"].append(results | {"seconds": round(seconds)})
-        part |= {"command": f"python train.py {options} --seed=SEED".replace("  ", " "), "split": split,
-                 "machine": machine(), "versions": results["versions"]}
+        part |= {"command": f"python train.py {options} --seed=SEED".replace("  ", " "),
+                 "split": split, "machine": machine(), "versions": results["versions"]}
         path.write_text(json.dumps(part, indent=1) + "\n")
 
 
 def table(name: str) -> str:
-    """A part as a Markdown table: mean over seeds, and the spread of the paired change against `none`."""
+    """A part as a Markdown table: mean over seeds,
+    and the spread of the paired change against `none`."""
     part = json.loads((ROOT / "results" / f"{name}.json").read_text())
     key = "test" if part["split"] == "test" else "plans"
-    rows = ["| plan | perplexity | against `none` | seeds, each | bits per byte |", "|---|---|---|---|---|"]
+    rows = ["| plan | perplexity | against `none` | seeds, each | bits per byte |",
+            "|---|---|---|---|---|"]
     for plan in part["runs"][0][key]:
         of = [run[key][plan] for run in part["runs"]]
-        changes = [100 * math.expm1(run[key][plan]["nll"] - run[key]["none"]["nll"]) for run in part["runs"]]
+        changes = [100 * math.expm1(run[key][plan]["nll"] - run[key]["none"]["nll"])
+                   for run in part["runs"]]
         each = "" if plan == "none" else ", ".join(f"{change:+.2f}" for change in changes)
         mean = "" if plan == "none" else f"{statistics.mean(changes):+.2f} %"
         rows.append(f"| `{plan}` | {statistics.mean(r['ppl'] for r in of):.2f} | {mean} | {each} | "

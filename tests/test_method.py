@@ -39,7 +39,6 @@ def made_tokenizer():
 TOKENIZER = made_tokenizer()
 V, EOT = TOKENIZER.n_vocab, TOKENIZER.eot_token
 LABELER = labelling.Labeler(draw(V, C, seed=1), None, mean=draw(C, seed=2) / 10,
-                            component=F.normalize(draw(C, seed=3), dim=0),
                             centroids=draw(K, C, seed=4).float())
 
 

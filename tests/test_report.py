@@ -10,21 +10,23 @@ import eval as evaluation
 import train
 from model import PLANS, USES_PLANNER
 
-MARKUP = ["</script><script>alert(1)</script>", "<!-- never closed", "<b class='x'>\"bold\"</b> & co",
-          "\u2028 café 日本 \U0001f600 \x01"]
+MARKUP = ["</script><script>alert(1)</script>", "<!-- never closed",
+          "<b class='x'>\"bold\"</b> & co", "\u2028 café 日本 \U0001f600 \x01"]
 PAGE_LIMIT = 2_000_000
 
 
 def trained(folder: Path, plans: str) -> tuple[evaluation.Run, dict]:
     """A run of a second or two on documents with markup in every one, and its results."""
-    documents = [f"Sentence number {i} of a small text. It quotes {MARKUP[i // 20]} and goes on for a while. "
-                 f"{MARKUP[i // 20]} closes document number {i}.\nThe end of it all, once more."
+    documents = [f"Sentence number {i} of a small text. It quotes {MARKUP[i // 20]} and goes on "
+                 f"for a while. {MARKUP[i // 20]} closes document number {i}.\n"
+                 "The end of it all, once more."
                  for i in range(80)]
     (folder / "text.txt").write_text("\n<|endoftext|>\n".join(documents), encoding="utf-8")
-    options = dict(preset="tiny", data=folder / "text.txt", out_dir=folder / "out", cache_dir=folder / "cache",
-                   vocab_size=300, lm_steps=4, planner_steps=4, joint_steps=4, device="cpu", dtype="float32",
-                   plans=plans)
-    results = train.run(train.parse_config([f"--{name}={value}" for name, value in options.items()]))
+    options = dict(preset="tiny", data=folder / "text.txt", out_dir=folder / "out",
+                   cache_dir=folder / "cache", vocab_size=300, lm_steps=4, planner_steps=4,
+                   joint_steps=4, device="cpu", dtype="float32", plans=plans)
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    results = train.run(train.parse_config(arguments))
     return evaluation.Run.open(folder / "out", "cpu"), results
 
 
@@ -46,7 +48,8 @@ def page(all_plans):
 
 
 class Elements(HTMLParser):
-    """The elements of a page with their attributes, and the text within each script, read as a browser does."""
+    """The elements of a page with their attributes, and the text within each script,
+    read as a browser does."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -74,11 +77,13 @@ def test_the_page_fetches_nothing(page):
     for tag, attributes in Elements(page).found:
         assert tag not in ("link", "img", "iframe", "object", "embed", "base")
         for name in ("src", "href", "action", "data", "style"):
-            assert not re.match(r"\s*(?!#)\S*(//|url\()", attributes.get(name) or ""), (tag, attributes)
+            value = attributes.get(name) or ""
+            assert not re.match(r"\s*(?!#)\S*(//|url\()", value), (tag, attributes)
     styles = re.search(r"<style>(.*?)</style>", page, re.DOTALL)[1]
     assert "url(" not in styles and "@import" not in styles
     code = Elements(page).scripts[1]
-    forbidden = r"\b(fetch|XMLHttpRequest|WebSocket|import|eval|innerHTML|outerHTML|document\.write)\b"
+    forbidden = (r"\b(fetch|XMLHttpRequest|WebSocket|import|eval|innerHTML|outerHTML"
+                 r"|document\.write)\b")
     assert not re.search(forbidden, code)
 
 
@@ -95,18 +100,20 @@ def test_markup_in_a_corpus_stays_text(all_plans, page):
 def test_the_table_is_evaluates(all_plans, page):
     run, results = all_plans
     fresh = evaluation.evaluate(run, run.corpus("val"), results["bytes"], "val")
-    assert data_of(page)["results"] == fresh == json.loads((run.out_dir / "results.json").read_text())
+    saved = json.loads((run.out_dir / "results.json").read_text())
+    assert data_of(page)["results"] == fresh == saved
 
 
 def test_every_token_has_the_nats_of_every_plan(all_plans, page):
     run, results = all_plans
-    found, corpus = data_of(page)["documents"], evaluation.example_documents(run.corpus("val"), run.tokenizer)
+    found = data_of(page)["documents"]
+    corpus = evaluation.example_documents(run.corpus("val"), run.tokenizer)
     assert list(found["nll"]) == list(results["plans"]) == list(PLANS)
     vectors, labels = run.sentences(corpus)
     assert found["labels"] == labels.tolist() and len(found["tokens"]) == len(corpus.tokens)
     for plan, nll in found["nll"].items():
-        scored = evaluation.score(run.model(plan), corpus, vectors, labels, run.config["planner_reach"],
-                                  run.config["planner_view"])
+        scored = evaluation.score(run.model(plan), corpus, vectors, labels,
+                                  run.config["planner_reach"], run.config["planner_view"])
         assert nll == pytest.approx(scored.nll, abs=1e-4)
     assert set(found["top"]) == set(found["prob"]) == set(USES_PLANNER)
     for rows in found["prob"].values():
@@ -124,7 +131,8 @@ def test_labels_curves_and_sample_are_there(all_plans, page):
     assert set(found["curves"]) == {"lm", "planner", *(f"joint_{plan}" for plan in PLANS)}
     assert [step for step, _ in found["curves"]["joint_soft"]["label_loss"]] == [4]
     assert found["sample"]["plan"] == "soft"
-    assert not found["sample"]["sentences"][0]["written"] and found["sample"]["sentences"][-1]["written"]
+    sentences = found["sample"]["sentences"]
+    assert not sentences[0]["written"] and sentences[-1]["written"]
 
 
 def test_principal_components_keep_distances_within_a_plane(all_plans):
@@ -151,17 +159,20 @@ def test_a_run_of_one_plan_has_a_page(tmp_path, plans):
 
 def test_a_damaged_line_of_metrics_is_passed_over(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"stage": "lm", "step": 10, "loss": 2.5, "lr": 1}\nnot json\n[1]\n{"stage": "lm"}\n'
-                     b'\xff\xfe\n{"stage": "lm", "step": 20, "loss": NaN}\n'
-                     b'{"stage": "lm", "step": 30, "val_nll": 2.25}\n{"stage": "lm", "step": 40, "lo')
+    path.write_bytes(b'{"stage": "lm", "step": 10, "loss": 2.5, "lr": 1}\nnot json\n[1]\n'
+                     b'{"stage": "lm"}\n\xff\xfe\n{"stage": "lm", "step": 20, "loss": NaN}\n'
+                     b'{"stage": "lm", "step": 30, "val_nll": 2.25}\n'
+                     b'{"stage": "lm", "step": 40, "lo')
     points = evaluation.read_curves(path)["lm"]
-    assert points["loss"][0] == [10, 2.5] and len(points["loss"]) == 2 and points["val_nll"] == [[30, 2.25]]
+    assert points["loss"][0] == [10, 2.5] and len(points["loss"]) == 2
+    assert points["val_nll"] == [[30, 2.25]]
     assert evaluation.read_curves(tmp_path / "none.jsonl") == {}
 
 
 def test_long_curves_are_thinned_and_keep_their_end(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    lines = [json.dumps({"stage": "lm", "step": step, "loss": 1.0}) + "\n" for step in range(1, 5001)]
+    lines = [json.dumps({"stage": "lm", "step": step, "loss": 1.0}) + "\n"
+             for step in range(1, 5001)]
     path.write_text("".join(lines))
     steps = [step for step, _ in evaluation.read_curves(path, limit=200)["lm"]["loss"]]
     assert len(steps) <= 200 and steps[-1] == 5000 and steps == sorted(steps)
@@ -182,4 +193,5 @@ def test_a_path_that_can_not_be_written_is_one_line(all_plans, tmp_path, capsys,
         evaluation.main([f"--out_dir={run.out_dir}", f"--report={tmp_path / where}"])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
-    assert error.count("\n") == 1 and error.startswith("eval.py: error: ") and str(tmp_path / where) in error
+    assert error.count("\n") == 1 and error.startswith("eval.py: error: ")
+    assert str(tmp_path / where) in error
