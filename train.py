@@ -90,8 +90,8 @@ class Config:
     beta2: float = opt(0.95, "AdamW's second beta")
     grad_clip: float = opt(1.0, "largest gradient norm")
     # watching
-    eval_every: int = opt(100, "steps between validations; each stage's end is one in any case")
-    eval_tokens: int = opt(32768, "validation tokens of those; the final table takes all")
+    eval_every: int = opt(200, "steps between validations; each stage's end is one in any case")
+    eval_tokens: int = opt(16384, "validation tokens of those; the final table takes all")
     save_every: int = opt(100, "steps between checkpoints")
 
     def check(self) -> None:
