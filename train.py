@@ -73,7 +73,7 @@ class Config:
     # training
     batch_size: int = opt(32, "windows in a micro-batch")
     grad_accum: int = opt(1, "micro-batches in a step")
-    planner_batch: int = opt(64, "rows of planner_reach sentences in a step of the planner stage")
+    planner_batch: int = opt(32, "rows of 2 planner_reach sentences in a step, stage planner")
     lm_steps: int = opt(1000, "steps of stage lm")
     planner_steps: int = opt(150, "steps of stage planner")
     joint_steps: int = opt(800, "steps of stage joint, for each plan")
@@ -477,7 +477,8 @@ def train_planner(job: Job, labeler: labelling.Labeler) -> None:
     args = dict(n_vector=len(labeler.mean), n_labels=c.n_labels, n_layer=c.planner_layer,
                 n_head=c.planner_head, n_embd=c.planner_embd, reach=c.planner_reach, seed=c.seed)
     planner = Planner(**args).to(job.device)
-    width = min(c.planner_reach, job.train.n_sentences // 2)
+    # twice its reach, so that its last position, which later sentences share, is trained as well
+    width = min(2 * c.planner_reach, job.train.n_sentences // 2)
     vectors, labels = job.sentences("train", labeler)
 
     def batches(step):
@@ -564,7 +565,7 @@ def validate_lm(job: Job, model: PlannedGPT, labeler: labelling.Labeler | None =
 def validate_planner(job: Job, planner: Planner, labeler: labelling.Labeler) -> dict:
     """Nats a label on the first eval_tokens / 16 sentences of validation."""
     vectors, labels = job.sentences("val", labeler)
-    width = min(job.config.planner_reach, len(labels))
+    width = min(2 * job.config.planner_reach, len(labels))
     end = max(width, min(len(labels), job.config.eval_tokens // 16))
     starts = np.arange(0, end - width + 1, width)
     batch = data.sentence_batch(job.val, starts, width, vectors, labels).to(job.device)
