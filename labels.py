@@ -178,7 +178,7 @@ def _plus_plus(x: torch.Tensor, k: int, generator: torch.Generator) -> torch.Ten
         ladder = weights.double().cumsum(0)
         draws = torch.rand(trials, generator=generator, dtype=torch.float64).to(x.device)
         picks = torch.searchsorted(ladder, draws * ladder[-1], right=True).clamp(max=len(x) - 1)
-        new = torch.addmm(square[:, None], x, x[picks].T, alpha=-2) + square[picks]     # (n, trials)
+        new = torch.addmm(square[:, None], x, x[picks].T, alpha=-2) + square[picks]   # (n, trials)
         new = torch.minimum(distance[:, None], new.clamp(min=0))
         new[picks, range(trials)] = 0                # exactly, whatever the rounding
         best = int(new.sum(0).argmin())

@@ -21,10 +21,9 @@ def test_results_say_how_they_were_made():
         assert len({run["data"] for run in part["runs"]}) == 1      # all of one corpus
 
 
-def test_the_claim_of_the_readme_holds_in_the_results():
-    """soft is the lowest for each seed, and hard is below none on average, on validation."""
-    runs = [run["plans"] for run in json.loads(
-        (ROOT / "results" / "default.json").read_text())["runs"]]
-    assert all(min(run, key=lambda plan: run[plan]["nll"] if plan != "oracle" else 99) == "soft"
-               for run in runs)
-    assert sum(run["hard"]["nll"] - run["none"]["nll"] for run in runs) < 0
+def test_soft_is_the_lowest_for_each_seed():
+    """On validation, where the plans were compared, and on test, which was read once."""
+    part = json.loads((ROOT / "results" / "default.json").read_text())
+    for run in part["runs"]:
+        for nll in ({plan: r["nll"] for plan, r in run[key].items()} for key in ("plans", "test")):
+            assert min(nll, key=nll.get) == "soft"
