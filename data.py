@@ -609,15 +609,16 @@ class _Writer:
 
 @dataclass
 class Batch:
-    """Windows of tokens, and the sentences that their targets touch (S) behind those before
-    them (P in all). The touched ones are the last S slots; rows with fewer are padded on the
-    outside of each part."""
+    """Windows of tokens, the sentences that their targets touch (at most S), and what the planner
+    may read to plan those: a window's view is the sentences before it and the touched ones. Views
+    differ in length, so they lie packed, several behind one another, in R rows of P slots."""
     tokens: torch.Tensor                         # (B, T)
     targets: torch.Tensor                        # (B, T) the next token
     sentence_id: torch.Tensor | None = None      # (B, T) in 0..S-1: the sentence of the *target*
-    vectors: torch.Tensor | None = None          # (B, P, E)
-    first: torch.Tensor | None = None            # (B, P) True where the planner's view starts anew
+    vectors: torch.Tensor | None = None          # (R, P, E)
+    first: torch.Tensor | None = None            # (R, P) True where the planner's view starts anew
     labels: torch.Tensor | None = None           # (B, S) -1 where padded or unknown
+    slots: torch.Tensor | None = None            # (B, S) of the touched sentences, in 0..R*P-1
 
     def to(self, device: torch.device) -> "Batch":
         pin = device.type == "cuda"
@@ -662,30 +663,49 @@ def window_batch(corpus: Corpus, starts: np.ndarray, width: int, vectors: np.nda
     # A position gets the plan of the sentence that holds its target, so the window's first touched
     # sentence is that of its second token.
     sentence = np.searchsorted(corpus.sentences, at[:, 1:], side="right") - 1           # (B, T)
-    touched, last = sentence[:, :1], sentence[:, -1:]               # (B, 1)
+    touched, last = sentence[:, 0], sentence[:, -1]                 # (B,)
     document = corpus.documents[np.searchsorted(corpus.documents, touched, side="right") - 1]
     low = np.maximum(document, touched - reach) if view == "document" else touched
-    n_before, n_touched = int((touched - low).max()), int((last - touched).max()) + 1
-    slot = touched + np.arange(-n_before, n_touched)                # (B, P) sentence of each slot
-    real = (slot >= low) & (slot <= last)
-    index = np.clip(slot, 0, corpus.n_sentences)
-    opening = np.searchsorted(corpus.documents, index)
-    starts_document = corpus.documents[np.minimum(opening, len(corpus.documents) - 1)] == index
-    first = starts_document | (slot == low) | ~real
+    sizes = last - low + 1
+    begins, R, P = _pack(sizes)
+
+    row = np.repeat(np.arange(len(starts)), sizes)   # the window of each sentence of each view
+    nth = np.arange(len(row)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    index, slot = low[row] + nth, begins[row] + nth
+    document = np.minimum(np.searchsorted(corpus.documents, index), len(corpus.documents) - 1)
+    opens = (nth == 0) | (corpus.documents[document] == index)
     if view == "window":                         # its predecessor began before the window's inputs
-        first |= corpus.sentences[np.maximum(index - 1, 0)] < starts[:, None]
-    finished = real & (slot < corpus.n_sentences)
-    kept = np.where(finished, slot, 0)
-    rows = vectors[kept] * finished[..., None]       # an unfinished sentence has no vector
-    batch.vectors = torch.from_numpy(rows.astype(np.float32))
-    batch.first = torch.from_numpy(first)
-    batch.sentence_id = torch.from_numpy(sentence - touched)
+        opens |= corpus.sentences[np.maximum(index - 1, 0)] < starts[row]
+    first = np.ones(R * P, bool)
+    first[slot] = opens
+    finished = index < corpus.n_sentences            # an unfinished sentence has no vector
+    rows = np.zeros((R * P, vectors.shape[1]), np.float32)
+    rows[slot[finished]] = vectors[index[finished]]
+    batch.vectors = torch.from_numpy(rows.reshape(R, P, -1))
+    batch.first = torch.from_numpy(first.reshape(R, P))
+
+    index = touched[:, None] + np.arange((last - touched).max() + 1)                    # (B, S)
+    real = index <= last[:, None]
+    batch.slots = torch.from_numpy(np.where(real, (begins - low)[:, None] + index, 0))
+    batch.sentence_id = torch.from_numpy(sentence - touched[:, None])
     if labels is not None:
-        named = np.where(finished, labels[kept], -1)[:, n_before:]
+        known = real & (index < corpus.n_sentences)
+        named = np.where(known, labels[np.where(known, index, 0)], -1)
         batch.labels = torch.from_numpy(named.astype(np.int64))
-    lowest, highest = batch.sentence_id.min(), batch.sentence_id.max()
-    assert 0 <= lowest and highest < n_touched, "a sentence was dropped"
     return batch
+
+
+def _pack(sizes: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """sizes (B,) -> where each piece begins in the R rows of P that hold them all one behind
+    another, R, P: the longest first, each into the first row with room."""
+    begins, P, room = np.zeros_like(sizes), int(sizes.max()), []
+    for piece in np.argsort(-sizes, kind="stable"):
+        row = next((r for r, left in enumerate(room) if left >= sizes[piece]), len(room))
+        if row == len(room):
+            room.append(P)
+        begins[piece] = row * P + P - room[row]
+        room[row] -= sizes[piece]
+    return begins, len(room), P
 
 
 def sentence_batch(corpus: Corpus, starts: np.ndarray, width: int, vectors: np.ndarray,

@@ -1,12 +1,13 @@
 """The GPT, and the one function this project is about: `mix_labels`.
 
-Shapes, here and everywhere: B batch, T tokens, S sentences, P sentences with those before the
-window, K labels, C model width, E sentence-vector width, V vocabulary, H heads, D head width.
+Shapes, here and everywhere: B batch, T tokens, S sentences, K labels, C model width,
+E sentence-vector width, V vocabulary, H heads, D head width.
 
-The GPT is GPT-2 (Radford et al., 2019) without dropout and biases. A plan enters every block
-as a linear map of the plan, zero at the start, added to the attention output before the
-output projection. It is projected for each sentence and looked up for each token afterwards,
-since S is much smaller than T.
+The GPT is GPT-2 (Radford et al., 2019) without dropout and biases, and with the exact GELU,
+which torch computes three times faster than GPT-2's approximation on a CPU in bfloat16. A plan
+enters every block as a linear map of the plan, zero at the start, added to the attention output
+before the output projection. It is projected for each sentence and looked up for each token
+afterwards, since S is much smaller than T.
 """
 import math
 
@@ -75,6 +76,19 @@ class Cache:
         return [buffer[:, :, :end] for buffer in self.layers[layer]]
 
 
+def attend(q, k, v, mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D)) v for q, k, v (B, H, T, D), where mask (B, 1, T, T) is True."""
+    if q.device.type != "cpu" or k.shape[2] > 512:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    # torch's fused kernel is made for long rows; on a CPU this is faster below: 5 times at 64
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT                                   # (B, H, T, T)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(-1) @ v
+
+
 class Attention(nn.Module):
     """Causal self-attention, with a plan where the block has one."""
 
@@ -91,8 +105,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self, k, v, room)
         # With a cache, T is 1 or the cache was empty: either way no mask but the plain causal one
-        causal = mask is None and T > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        y = attend(q, k, v, mask, causal=mask is None and T > 1)
         y = y.transpose(1, 2).reshape(B, T, C)
         if plan is not None:
             rows = self.plan_map(plan)                                          # (B, S, C)
@@ -113,7 +126,7 @@ class Block(nn.Module):
 
     def forward(self, x, **attention):
         x = x + self.attn(self.ln_1(x), **attention)
-        return x + self.down(F.gelu(self.up(self.ln_2(x)), approximate="tanh"))
+        return x + self.down(F.gelu(self.up(self.ln_2(x))))
 
 
 def init_weights(module: nn.Module, n_layer: int, generator: torch.Generator) -> None:
@@ -145,18 +158,17 @@ class MeanCrossEntropy(torch.autograd.Function):
         x, w, counted = x.to(dtype), weight.to(dtype), targets >= 0
         n, targets, total = counted.sum().clamp(min=1), targets.clamp(min=0)[:, None], 0.0
         grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
-        size = max(1, (1 << 20 if device == "cpu" else 1 << 28) // len(weight))
+        size = max(1, (1 << 19 if device == "cpu" else 1 << 28) // len(weight))
         for i in range(0, len(x), size):
             rows = slice(i, i + size)
-            logits = (x[rows] @ w.T).to(weight.dtype)                           # (rows, V)
-            norm = logits.logsumexp(-1, keepdim=True)
-            total += ((norm - logits.gather(1, targets[rows]))[:, 0] * counted[rows]).sum()
-            g = logits.sub_(norm).exp_()                                        # softmax
-            g.scatter_add_(1, targets[rows], g.new_full((len(g), 1), -1.0))
-            g = (g.mul_(counted[rows, None]) / n).to(dtype)
+            probs = (x[rows] @ w.T).softmax(-1, dtype=weight.dtype)             # (rows, V)
+            likely = probs.gather(1, targets[rows])[:, 0].clamp(min=1e-38)      # log(0) never
+            total -= (likely.log() * counted[rows]).sum()
+            probs.scatter_add_(1, targets[rows], probs.new_full((len(probs), 1), -1.0))
+            g = (probs * counted[rows, None]).to(dtype)
             grad_x[rows] = g @ w
             grad_w += g.T @ x[rows]
-        ctx.save_for_backward(grad_x, grad_w)
+        ctx.save_for_backward(grad_x / n, grad_w / n)
         return total / n
 
     @staticmethod

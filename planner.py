@@ -32,8 +32,10 @@ class Planner(nn.Module):
         self.head = nn.Linear(n_embd, n_labels, bias=False)
         init_weights(self, n_layer, torch.Generator().manual_seed(seed))
 
-    def forward(self, vectors: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-        """vectors (B, S, E) of unit length, first (B, S) bool -> label logits (B, S, K).
+    def forward(self, vectors: torch.Tensor, first: torch.Tensor,
+                slots: torch.Tensor | None = None) -> torch.Tensor:
+        """vectors (B, S, E) of unit length, first (B, S) bool -> label logits (B, S, K); with
+        `slots`, indices of any shape into the B*S slots, logits of those alone, (..., K).
         Slot j depends on the vectors of sentences i < j alone, back to the last slot <= j
         that is marked `first`."""
         x = self.inp(vectors * vectors.shape[-1] ** 0.5)  # entries of size about one, as the GPT's
@@ -45,6 +47,8 @@ class Planner(nn.Module):
         seen = (opening[:, :, None] == opening[:, None, :]).tril()      # (B, S, S)
         for block in self.blocks:
             x = block(x, mask=seen[:, None])
+        if slots is not None:
+            x = F.embedding(slots, x.flatten(0, 1))
         return self.head(self.ln_f(x))
 
 
@@ -67,11 +71,10 @@ class PlannedGPT(nn.Module):
 
     def label_logits(self, batch: Batch) -> torch.Tensor:
         """(B, S, K): the planner's logits for the sentences that the targets touch."""
-        S = batch.labels.shape[1]
         if self.planner is None:
-            return batch.vectors.new_zeros(len(batch.vectors), S, len(self.gpt.label_emb))
+            return batch.vectors.new_zeros(*batch.slots.shape, len(self.gpt.label_emb))
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.plan in END_TO_END):
-            return self.planner(batch.vectors, batch.first)[:, -S:]
+            return self.planner(batch.vectors, batch.first, batch.slots)
 
     def rows(self, batch: Batch, generator: torch.Generator | None = None):
         """The plan's rows (B, S, C) and the label logits (B, S, K);

@@ -747,18 +747,19 @@ def test_sentence_id_is_the_slot_of_the_sentence_that_holds_the_target():
     for draw in DRAWS:
         corpus, starts, width, *_ = draw
         batch = window(*draw)
-        S = batch.labels.shape[1]
         for row, start in enumerate(starts):
             expected = [sentence_of(corpus, start + 1 + t) for t in range(width)]
             slots = batch.sentence_id[row]
             unknown = [-1 if j == corpus.n_sentences else j for j in expected]
             assert batch.labels[row, slots].tolist() == unknown
-            assert batch.vectors[row, -S:, 0][slots].tolist() == [j + 1 for j in unknown]
+            packed = batch.vectors.flatten()[batch.slots[row]]
+            assert packed[slots].tolist() == [j + 1 for j in unknown]
             assert (np.diff(slots) == np.diff(expected)).all()      # in order, the open one too
 
 
-def planner_sees(batch, row, slot):
+def planner_sees(batch, slot):
     """What planner.Planner reads for a slot: the vectors before it, back to one marked `first`."""
+    row, slot = divmod(int(slot), batch.vectors.shape[1])
     opening = max(p for p in range(slot + 1) if batch.first[row, p])
     return [int(x) - 1 for x in batch.vectors[row, opening:slot, 0]]
 
@@ -770,20 +771,26 @@ def may_see(corpus, start, low, j, view):
 
 
 def sees_what_it_may(batch, corpus, starts, width, reach, view):
-    P, S = batch.vectors.shape[1], batch.labels.shape[1]
     for row, start in enumerate(starts):
         touched, last = sentence_of(corpus, start + 1), sentence_of(corpus, start + width)
         begun = corpus.documents[corpus.documents <= touched].max()
         low = max(begun, touched - reach) if view == "document" else touched
-        for slot in range(P):
-            j = touched + slot - (P - S)
-            if not low <= j <= last:                 # padding
-                right = bool(batch.first[row, slot]) and batch.vectors[row, slot, 0] == 0
-            else:
-                right = planner_sees(batch, row, slot) == may_see(corpus, start, low, j, view)
-            if not right:
+        for j in range(touched, last + 1):
+            seen = planner_sees(batch, batch.slots[row, j - touched])
+            if seen != may_see(corpus, start, low, j, view):
                 return False
     return True
+
+
+def test_views_are_packed_whole_and_apart():
+    rng = np.random.default_rng(0)
+    for sizes in ([1], [3, 3, 3], *(rng.integers(1, 30, size=rng.integers(1, 40))
+                                    for _ in range(50))):
+        begins, R, P = data._pack(np.array(sizes))
+        assert P == max(sizes) and (begins // P == (begins + sizes - 1) // P).all()
+        taken = np.concatenate([np.arange(b, b + size) for b, size in zip(begins, sizes)])
+        assert len(np.unique(taken)) == sum(sizes) and taken.max() < R * P
+        assert R <= max(1, 2 * -(-sum(sizes) // P))  # no two rows could be one: half full at least
 
 
 @pytest.mark.parametrize("view", ["document", "window"])
