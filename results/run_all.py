@@ -1,32 +1,94 @@
 """Makes the figures of the README from scratch, a part at a time, resumably.
 
-    python results/run_all.py                    # every part; hours on a laptop
-    python results/run_all.py default            # one part: results/default.json
+    python results/run_all.py                    # every part: many hours on a laptop
+    python results/run_all.py claims traps_end   # some
+    python results/run_all.py claims --seed=3    # one seed of it
+    python results/run_all.py comparisons inside # made from the runs of the others
     python results/run_all.py --table            # the README's tables, from the JSON files
 
-Each part is some runs of train.py that differ in the seed alone, and writes results/NAME.json: the
-command, the machine, versions, and for each seed the results.json of its run, with its seconds.
-`test` is read by the parts that say so, once all is decided on validation.
+A part is some runs of train.py that differ in the seed alone. results/NAME.json holds its command,
+machine, versions, and for each seed the results.json of its run (validation) and, where all was
+decided on validation, `test`. The runs themselves stay under out-results/.
 """
 import json
 import math
 import os
 import platform
+import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent
-# name: (options of train.py, seeds, split)
+sys.path.insert(0, str(ROOT))
+MAIN = ("none", "hard", "soft_frozen", "soft", "oracle")
+
+
+@dataclass
+class Part:
+    options: str                                     # of train.py
+    seeds: tuple = (0, 1, 2)
+    split: str = "test"                              # val: a choice, so test is not read
+    start: str = ""                                  # stages of `claims` that it starts from
+    traps: str = ""                                  # left open: see `open_traps`
+
+
+STAGES = "lm labels planner"
 PARTS = {
-    "default": ("", (0, 1, 2), "test"),
-    # against `soft` of default's seed 0: the vectors are chosen on validation
-    "vectors_hidden": ("--plans=soft --vectors=hidden", (0,), "val"),
+    "claims": Part("--plans=all", (0, 1, 2, 3, 4)),
+    # claim 3: a frozen planner with as many more steps of label loss; one that was never trained
+    "frozen_longer": Part("--plans=soft_frozen --planner_steps=950", start="lm labels"),
+    "untrained": Part("--plans=soft --planner_steps=1 --planner_lr=0", start="lm labels"),
+    # claim 4: the grid of learning rates (claims itself is its middle)
+    "rate_low": Part("--plans=hard,straight_through,soft --joint_lr=1e-3 --joint_planner_lr=2.5e-4",
+                     (0,), "val", STAGES),
+    "rate_high": Part("--plans=hard,straight_through,soft --joint_lr=4e-3 --joint_planner_lr=1e-3",
+                      (0,), "val", STAGES),
+    # claim 5: three times the joint steps
+    "longer": Part("--plans=none,hard,soft --joint_steps=2400", start=STAGES),
+    # claim 6: the planner sees what the GPT sees; a window that covers most documents whole
+    "view": Part("--plans=soft --planner_view=window", start=STAGES),
+    "window": Part("--plans=none,hard,soft --block_size=256 --batch_size=8"),
+    # claim 7: what the traps are worth
+    "traps_end": Part("--plans=none,hard,soft", start="lm joint_none", traps="end"),
+    "traps_all": Part("--plans=none,hard,soft", start="lm joint_none", traps="end ahead"),
+    # inside: what a label loss beside the LM loss costs or gives
+    "label_loss": Part("--plans=soft --label_loss_weight=0.1", start=STAGES, split="val"),
+    # another corpus
+    "wikipedia": Part("--data=cache/wikipedia.jsonl --plans=" + ",".join(MAIN)),
+    # another kind of sentence vectors
+    "vectors_hidden": Part("--plans=soft --vectors=hidden", (0,), "val", "lm"),
 }
 
+# Written down before the test split was read: (what is claimed, the lower one, the higher one).
+COMPARISONS = (
+    ("1. a plan helps", "claims hard", "claims none"),
+    ("2. the whole distribution helps", "claims soft_frozen", "claims hard"),
+    ("3. training end to end helps", "claims soft", "claims soft_frozen"),
+    ("3. it is not the extra training of the planner", "claims soft", "frozen_longer soft_frozen"),
+    ("3. the label stage helps", "claims soft", "untrained soft"),
+    ("4. the straight-through gradient helps", "claims straight_through", "claims hard"),
+    ("4. the mixture is better than it", "claims soft", "claims straight_through"),
+    ("5. the method against the earlier one", "claims soft", "claims hard"),
+    ("5. the method against no plan", "claims soft", "claims none"),
+    ("5. the same, three times the steps", "longer soft", "longer hard"),
+    ("5. the same, three times the steps", "longer soft", "longer none"),
+    ("6. it is not the longer view", "view soft", "claims none"),
+    ("6. nor that the window is short", "window soft", "window none"),
+)
+# Parameters alone explain nothing: these intervals should lie within 20 % of hard's gain.
+EQUAL = (("1. parameters alone", "claims fixed", "claims none"),
+         ("1. parameters alone", "claims uniform", "claims none"))
+
+
+# --- runs -----------------------------------------------------------------------------------------
 
 def machine() -> str:
     import torch                                     # not needed for --table
@@ -35,54 +97,452 @@ def machine() -> str:
     return f"{device}, {platform.system()} {platform.machine()}"
 
 
-def run_part(name: str) -> None:
-    options, seeds, split = PARTS[name]
-    path = ROOT / "results" / f"{name}.json"
-    part = json.loads(path.read_text()) if path.exists() else {"runs": []}
-    for seed in seeds:
-        if any(run["seed"] == seed for run in part["runs"]):
+def folder(name: str, seed: int) -> Path:
+    return ROOT / f"out-results/{name}-{seed}"
+
+
+def run_part(name: str, only_seed: int | None = None) -> None:
+    part, path = PARTS[name], ROOT / "results" / f"{name}.json"
+    for seed in part.seeds if only_seed is None else [only_seed]:
+        if path.exists() and seed in [run["seed"] for run in json.loads(path.read_text())["runs"]]:
             continue
-        out = ROOT / f"out-results/{name}-{seed}"
         begun = time.time()
-        command = [sys.executable, "train.py", *shlex.split(options), f"--seed={seed}",
-                   f"--out_dir={out}", "--resume"]
-        subprocess.run(command, cwd=ROOT, check=True)
-        seconds = time.time() - begun
-        results = json.loads((out / "results.json").read_text())
-        if split == "test":
-            command = [sys.executable, "eval.py", f"--out_dir={out}", "--split=test"]
-            subprocess.run(command, cwd=ROOT, check=True)
-            results["test"] = json.loads((out / "eval.json").read_text())["plans"]
-        part["runs"].append(results | {"seconds": round(seconds)})
-        part |= {"command": f"python train.py {options} --seed=SEED".replace("  ", " "),
-                 "split": split, "machine": machine(), "versions": results["versions"]}
-        path.write_text(json.dumps(part, indent=1) + "\n")
+        subprocess.run([sys.executable, __file__, "--one", name, str(seed)], cwd=ROOT, check=True)
+        result = json.loads((folder(name, seed) / "part.json").read_text())
+        result["seconds"] = round(time.time() - begun)
+        # read again: another seed may have been finished meanwhile
+        saved = json.loads(path.read_text()) if path.exists() else {"runs": []}
+        saved["runs"] = sorted([*saved["runs"], result], key=lambda run: run["seed"])
+        command = " ".join(f"python train.py {part.options} --seed=SEED".split())
+        saved |= {"command": command, "split": part.split, "machine": machine(),
+                  "versions": result["versions"]}
+        path.write_text(json.dumps(saved, indent=1) + "\n")
 
 
-def table(name: str) -> str:
-    """A part as a Markdown table: means over seeds, and the paired change against `none`."""
-    part = json.loads((ROOT / "results" / f"{name}.json").read_text())
+def run_one(name: str, seed: int) -> None:
+    """One run, in a process of its own: trains, and reads the test split where the part says so."""
+    import eval as evaluation
+    import train
+    part, out = PARTS[name], folder(name, seed)
+    open_traps(part.traps)
+    if not (out / "results.json").exists():          # that is written last
+        if part.start and not out.exists():          # train.py looks whether their options agree
+            out.mkdir(parents=True)
+            for file in [f"{stage}.pt" for stage in part.start.split()] + ["config.json"]:
+                shutil.copy(folder("claims", seed) / file, out / file)
+        train.main([*shlex.split(part.options), f"--seed={seed}", f"--out_dir={out}", "--resume"])
+    result = json.loads((out / "results.json").read_text())
+    if part.split == "test":
+        run, found = scores(out, "test")
+        result["test"] = {plan: evaluation.summary(s, run.bytes) for plan, s in found.items()}
+        if name == "claims" or part.traps:
+            result["no_overlap"] = {plan: no_overlap(run, plan) for plan in ("none", "hard", "soft")}
+    (out / "part.json").write_text(json.dumps(result))
+
+
+def scores(out: Path, split: str):
+    """A finished run with its corpus open, and {plan: Scores}, kept in out/scores.SPLIT.npz."""
+    import eval as evaluation
+    run, path = evaluation.Run.open(out), out / f"scores.{split}.npz"
+    run.split, run.opened = split, run.corpus(split)
+    if not path.exists():
+        sentences = run.sentences(run.opened, split)
+        arrays = {f"{plan}.{kind}": array for plan in run.plans for kind, array in
+                  vars(run.score(plan, run.opened, *sentences, bar=plan)).items()}
+        np.savez(path, **arrays)
+    arrays = np.load(path)
+    plans = dict.fromkeys(key.split(".")[0] for key in arrays)
+    return run, {plan: evaluation.Scores(*(arrays[f"{plan}.{kind}"] for kind in
+                 ("nll", "ce", "rank", "entropy", "top", "prob"))) for plan in plans}
+
+
+# --- the traps, which stay out of the product -----------------------------------------------------
+
+def open_traps(names: str) -> None:
+    """`end`: <|endoftext|> counts to the next document's first sentence. `ahead`: a sentence ends
+    only where a capital follows, so that the moment of a new plan tells what comes next."""
+    import data
+    right, causal = data.Store.split, data.boundaries
+    if "ahead" in names:
+        data.boundaries = lambda text: [b for b in causal(text) if text[b:b + 1].isupper()]
+
+    def split(store, name):
+        tokens = np.asarray(right(store, name).tokens)
+        corpus = data.Corpus.from_tokens(tokens, store.tokenizer)
+        ends = np.flatnonzero(tokens == store.tokenizer.eot_token)
+        sentences = np.unique(corpus.sentences - np.isin(corpus.sentences, ends + 1))
+        return data.Corpus(tokens, sentences, np.searchsorted(sentences, ends))
+
+    if "end" in names:
+        data.Store.split = split
+
+
+def no_overlap(run, plan: str) -> float:
+    """Nats a token in windows that do not overlap, as most evaluations have it: just after a
+    window's start the planner sees what the GPT does not."""
+    import torch
+    import data
+    c, model, T = run.config, run.model(plan), run.config["block_size"]
+    vectors, labels = run.sentences(run.opened, run.split)
+    starts, total = np.arange(0, len(run.opened.tokens) - 1, T), 0.0
+    for at in np.array_split(starts, -(-len(starts) // 64)):
+        batch = data.window_batch(run.opened, at, T, vectors, labels, c["planner_reach"],
+                                  c["planner_view"]).to(run.device)
+        with torch.no_grad(), run.autocast():
+            total += float(model(batch, reduction="none")[0].double().sum())
+    return total / (len(run.opened.tokens) - 1)
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+def t_test(differences: list[float]) -> tuple[float, float, float]:
+    """Paired: mean, half the width of the 95 % interval, two-sided p of Student's t."""
+    n, mean = len(differences), statistics.mean(differences)
+    error = statistics.stdev(differences) / math.sqrt(n)
+    # with t = sqrt(n - 1) tan(angle), the density of the angle is that of cos^(n - 2)
+    angle = np.linspace(0, math.pi / 2, 200_001)
+    weight = np.cos(angle) ** (n - 2)
+    inside = np.concatenate([[0], np.cumsum((weight[1:] + weight[:-1]) / 2)])
+    inside /= inside[-1]                             # share of |t| below each angle's
+    critical = math.sqrt(n - 1) * math.tan(np.interp(0.95, inside, angle))
+    reached = math.atan2(abs(mean), error * math.sqrt(n - 1))
+    return mean, critical * error, 1 - float(np.interp(reached, angle, inside))
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Holm's correction: the i-th smallest of m is multiplied by m - i, and none may fall."""
+    order, corrected, least = np.argsort(p_values), [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order.tolist()):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = least
+    return corrected
+
+
+def bootstrap(lower: np.ndarray, higher: np.ndarray, tokens: np.ndarray) -> list[float]:
+    """95 % interval of the difference in nats a token, over drawn sets of documents: sums of nats
+    (documents,), averaged over seeds, and their tokens."""
+    random, n = np.random.default_rng(0), len(tokens)
+    times = random.multinomial(n, np.full(n, 1 / n), size=2000)                 # (draws, documents)
+    return np.quantile((times @ (lower - higher)) / (times @ tokens), [0.025, 0.975]).tolist()
+
+
+def by_document(name: str, plan: str, seeds: list[int]):
+    """Sums of test nats (documents,), averaged over seeds, and numbers of tokens."""
+    sums = []
+    for seed in seeds:
+        run, found = scores(folder(name, seed), "test")
+        cuts = run.opened.sentences[run.opened.documents][1:-1] - 1   # nll's first is of token 1
+        sums.append(np.add.reduceat(found[plan].nll, cuts))
+        tokens = np.diff(np.append(cuts, len(found[plan].nll)))
+    return np.mean(sums, 0), tokens
+
+
+def make_comparisons() -> None:
+    rows = []
+    for claim, *pair in COMPARISONS + EQUAL:
+        (part, plan), (part_2, plan_2) = (side.split() for side in pair)
+        if not all((ROOT / "results" / f"{p}.json").exists() for p in (part, part_2)):
+            continue
+        a, b = nll(part, plan), nll(part_2, plan_2)
+        seeds = sorted(a.keys() & b.keys())
+        mean, half, p = t_test([a[seed] - b[seed] for seed in seeds])
+        low, tokens = by_document(part, plan, seeds)
+        high, _ = by_document(part_2, plan_2, seeds)
+        rows.append({"claim": claim, "lower": pair[0], "higher": pair[1], "seeds": seeds,
+                     "nats": mean, "interval": [mean - half, mean + half], "p": p,
+                     "documents": bootstrap(low, high, tokens),
+                     "equal": (claim, *pair) in EQUAL})
+        print(rows[-1])
+    listed = [row for row in rows if not row["equal"]]
+    for row, p in zip(listed, holm([row["p"] for row in listed])):
+        row["p_holm"] = p
+    (ROOT / "results" / "comparisons.json").write_text(json.dumps(
+        {"command": "python results/run_all.py comparisons", "rows": rows}, indent=1) + "\n")
+
+
+# --- what happens inside --------------------------------------------------------------------------
+
+POSITIONS = ((0, 1), (1, 2), (2, 4), (4, 8), (8, 16), (16, 1 << 30))
+
+
+def make_inside() -> None:
+    seeds = [run["seed"] for run in load("claims")["runs"]]
+    found = {"command": "python results/run_all.py inside", "split": "val", "seeds": seeds,
+             "positions": positions(seeds), "drift": drift(seeds), "labels": gaining(seeds[0]),
+             "account": account(seeds), "generation": generation(seeds[0])}
+    (ROOT / "results" / "inside.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def positions(seeds: list[int]) -> list[dict]:
+    """Nats a token against `none`, by the token's place in its sentence, and its share of tokens."""
+    rows = []
+    for seed in seeds:
+        run, found = scores(folder("claims", seed), "val")
+        corpus = run.opened
+        at = np.arange(1, len(corpus.tokens))
+        place = at - corpus.sentences[np.searchsorted(corpus.sentences, at, side="right") - 1]
+        for i, (first, end) in enumerate(POSITIONS):
+            here = (place >= first) & (place < end)
+            rows.append({"place": i, "share": here.mean(), **{
+                plan: (found[plan].nll - found["none"].nll)[here].mean()
+                for plan in found if plan != "none"}})
+    mean = lambda i, key: float(np.mean([row[key] for row in rows if row["place"] == i]))
+    return [{key: mean(i, key) for key in rows[0] if key != "place"} for i in range(len(POSITIONS))]
+
+
+def drift(seeds: list[int]) -> dict[str, list]:
+    """What the planner says of validation's first tokens, over the joint steps, means over seeds."""
+    curves = {}
+    for name, plan in (("claims", "hard"), ("claims", "soft"), ("claims", "straight_through"),
+                       ("untrained", "soft"), ("label_loss", "soft")):
+        seen = []
+        for seed in seeds:
+            path = folder(name, seed) / "metrics.jsonl"
+            lines = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+            seen += [line for line in lines if line["stage"] == f"joint_{plan}"
+                     and "val_label_nats" in line]
+        curves[f"{name} {plan}"] = [
+            {"step": step, **{key: statistics.mean(x[key] for x in seen if x["step"] == step)
+                              for key in ("val_nll", "val_label_nats", "val_top1", "val_entropy")}}
+            for step in sorted({line["step"] for line in seen})]
+    return curves
+
+
+def gaining(seed: int, show: int = 4, least: int = 1000) -> list[dict]:
+    """The labels whose sentences gain most and least from `soft`, in nats a token, among those with
+    at least `least` tokens of validation."""
+    run, found = scores(folder("claims", seed), "val")
+    _, labels = run.sentences(run.opened, "val")
+    at = np.arange(1, len(run.opened.tokens))
+    sentence = np.searchsorted(run.opened.sentences, at, side="right") - 1
+    finished = sentence < len(labels)
+    own, saved = labels[sentence[finished]], (found["soft"].nll - found["none"].nll)[finished]
+    tokens = np.bincount(own, minlength=run.config["n_labels"])
+    mean = np.bincount(own, saved, len(tokens)) / tokens.clip(1)
+    order = [j for j in np.argsort(mean).tolist() if tokens[j] >= least]
+    return [{"label": j, "nats": float(mean[j]), "tokens": int(tokens[j]),
+             "words": run.saved_labels["descriptions"][j]["words"]}
+            for j in order[:show] + order[-show:]]
+
+
+def account(seeds: list[int]) -> dict[str, float]:
+    """DESIGN section 6 in nats a token: what the true label is worth, and what naming it costs."""
+    def one(seed):
+        plans, run = next((r["plans"], r) for r in load("claims")["runs"] if r["seed"] == seed)
+        per_token = run["sentences"] / run["tokens"]
+        return {"none": plans["none"]["nll"], "oracle": plans["oracle"]["nll"],
+                "naming": plans["hard"]["planner_ce"] * per_token, "tokens": 1 / per_token,
+                "soft": plans["soft"]["nll"]}
+    rows = [one(seed) for seed in seeds]
+    return {key: statistics.mean(row[key] for row in rows) for key in rows[0]}
+
+
+def generation(seed: int, n_documents: int = 100, given: int = 3, wanted: int = 5) -> dict:
+    """Continues documents after their first sentences; the labels of what is written against those
+    of the true continuation: Levenshtein distance as a share of the length, and nats a label under
+    the bigrams of the training split. Means and standard errors over documents."""
+    import data
+    import eval as evaluation
+    run = evaluation.Run.open(folder("claims", seed))
+    corpus = run.corpus("val")
+    _, labels = run.sentences(corpus, "val")
+    counts = run.saved_labels["transitions"].double().numpy()
+    unigram = (counts.sum(0) + 1) / (counts.sum() + counts.shape[1])
+    bigram = (counts + 16 * unigram) / (counts.sum(1, keepdims=True) + 16)      # (K + 1, K)
+    sizes, chosen = np.diff(corpus.documents), []
+    for document in np.flatnonzero(sizes >= given + wanted)[:n_documents]:
+        j = int(corpus.documents[document])
+        tokens = corpus.tokens[corpus.sentences[j]:corpus.sentences[j + given]]
+        chosen.append((j, run.tokenizer.decode(tokens.tolist())))
+    result = {"documents": len(chosen), "given": given, "wanted": wanted}
+    for plan in ("true", "none", "hard", "soft"):
+        distances, nats = [], []
+        for number, (j, prompt) in enumerate(chosen):
+            true = labels[j + given:j + given + wanted].tolist()
+            written = true if plan == "true" else []
+            if plan != "true":
+                for s in evaluation.generate(run, plan, prompt, 64 * wanted, 1.0, 0, number):
+                    if s["written"] and s["label"] is not None and len(written) < wanted:
+                        written.append(s["label"])
+            before = [int(labels[j + given - 1]), *written]
+            distances.append(levenshtein(written, true) / wanted)
+            nats += [-math.log(bigram[a, b]) for a, b in zip(before, written)]
+        error = lambda x: statistics.stdev(x) / math.sqrt(len(x))
+        result[plan] = {"levenshtein": statistics.mean(distances), "levenshtein_error":
+                        error(distances), "nats": statistics.mean(nats), "nats_error": error(nats)}
+        print(plan, result[plan])
+    return result
+
+
+def levenshtein(a: list, b: list) -> int:
+    """The fewest insertions, deletions and substitutions that turn one into the other."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        row, previous = [i], row
+        for j, y in enumerate(b, 1):
+            row.append(min(previous[j] + 1, row[-1] + 1, previous[j - 1] + (x != y)))
+    return row[-1]
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+def load(name: str) -> dict:
+    return json.loads((ROOT / "results" / f"{name}.json").read_text())
+
+
+def nll(name: str, plan: str) -> dict[int, float]:
+    """seed -> nats a token, on the part's split"""
+    part = load(name)
+    key = "test" if part["split"] == "test" else "plans"
+    return {run["seed"]: run[key][plan]["nll"] for run in part["runs"]}
+
+
+def percent(nats: float) -> str:
+    """A difference in nats a token as one of perplexity."""
+    return f"{100 * math.expm1(nats):+.2f}"
+
+
+def plans_table(name: str) -> str:
+    """A part's plans: means over seeds, and the paired change against `none`."""
+    part = load(name)
     key = "test" if part["split"] == "test" else "plans"
     runs = [run[key] for run in part["runs"]]
-    rows = ["| plan | perplexity | against `none` | each seed, % | bits per byte |",
-            "|---|---|---|---|---|"]
+    rows = ["| plan | perplexity | against `none` | each seed, % | bits per byte | label nats |",
+            "|---|---|---|---|---|---|"]
     for plan in runs[0]:
         mean = lambda quantity: statistics.mean(run[plan][quantity] for run in runs)
         change = each = ""
-        if plan != "none" and "none" in runs[0]:
-            changes = [100 * math.expm1(run[plan]["nll"] - run["none"]["nll"]) for run in runs]
-            change = f"{statistics.mean(changes):+.2f} %"
-            each = ", ".join(f"{c:+.2f}" for c in changes)
+        if plan != "none":
+            changes = [run[plan]["nll"] - run["none"]["nll"] for run in runs]
+            change = f"{statistics.mean(100 * math.expm1(c) for c in changes):+.2f} %"
+            each = ", ".join(map(percent, changes))
+        label = "" if runs[0][plan]["planner_ce"] is None else f"{mean('planner_ce'):.2f}"
         rows.append(f"| `{plan}` | {mean('ppl'):.2f} | {change} | {each} | "
-                    f"{mean('bits_per_byte'):.4f} |")
+                    f"{mean('bits_per_byte'):.4f} | {label} |")
     return "\n".join(rows)
 
 
+def comparisons_table() -> str:
+    rows = ["| claim | compared | change, % | over seeds (n) | over documents | p, Holm |",
+            "|---|---|---|---|---|---|"]
+    for row in load("comparisons")["rows"]:
+        name = lambda side: "`" + side.removeprefix("claims ").replace(" ", ": ") + "`"
+        span = lambda ends: " to ".join(map(percent, ends))
+        p = "" if row["equal"] else f"{row['p_holm']:.3f}"
+        rows.append(f"| {row['claim']} | {name(row['lower'])} - {name(row['higher'])} | "
+                    f"{percent(row['nats'])} | {span(row['interval'])} ({len(row['seeds'])}) | "
+                    f"{span(row['documents'])} | {p} |")
+    return "\n".join(rows)
+
+
+def traps_table() -> str:
+    def change(name, plan, key):
+        changes = []
+        for run in load(name)["runs"]:
+            if run["seed"] in PARTS["traps_end"].seeds:
+                a, b = (run["no_overlap"][p] if key == "no_overlap" else run["test"][p]["nll"]
+                        for p in (plan, "none"))
+                changes.append(100 * math.expm1(a - b))
+        return f"{statistics.mean(changes):+.2f} % ({', '.join(f'{c:+.2f}' for c in changes)})"
+    rows = ["| traps left open | `hard` against `none` | `soft` against `none` |", "|---|---|---|"]
+    for text, name, key in (
+            ("none", "claims", "test"),
+            ("scored in windows without overlap", "claims", "no_overlap"),
+            ("and `<\\|endoftext\\|>` in the next document's first sentence", "traps_end",
+             "no_overlap"),
+            ("and a splitter that looks ahead", "traps_all", "no_overlap")):
+        if (ROOT / "results" / f"{name}.json").exists():
+            rows.append(f"| {text} | {change(name, 'hard', key)} | {change(name, 'soft', key)} |")
+    return "\n".join(rows)
+
+
+def rates_table() -> str:
+    """Validation perplexity of seed 0 over the grid of claim 4."""
+    rows = ["| `joint_lr`, `joint_planner_lr` | `hard` | `straight_through` | `soft` |",
+            "|---|---|---|---|"]
+    for name, text in (("rate_low", "1e-3, 2.5e-4"), ("claims", "2e-3, 5e-4"),
+                       ("rate_high", "4e-3, 1e-3")):
+        plans = next(run["plans"] for run in load(name)["runs"] if run["seed"] == 0)
+        rows.append(f"| {text} | " + " | ".join(
+            f"{plans[plan]['ppl']:.2f}" for plan in ("hard", "straight_through", "soft")) + " |")
+    return "\n".join(rows)
+
+
+def positions_table() -> str:
+    plans = ("hard", "soft_frozen", "soft", "oracle")
+    rows = ["| token of its sentence | share | " + " | ".join(f"`{p}`" for p in plans) + " |",
+            "|---|---|" + "---|" * len(plans)]
+    for (first, end), row in zip(POSITIONS, load("inside")["positions"]):
+        name = f"{first + 1}" if end == first + 1 else (
+            f"{first + 1} to {end}" if end < 1 << 30 else f"from {first + 1}")
+        rows.append(f"| {name} | {row['share']:.0%} | "
+                    + " | ".join(f"{row[plan]:+.3f}" for plan in plans) + " |")
+    return "\n".join(rows)
+
+
+def drift_table() -> str:
+    curves = load("inside")["drift"]
+    names = {"claims soft": "`soft`", "claims straight_through": "`straight_through`",
+             "untrained soft": "`soft`, planner never trained before",
+             "label_loss soft": "`soft`, label loss times 0.1 beside the LM loss"}
+    start = curves["claims hard"][-1]
+    show = lambda x: f"{x['val_label_nats']:.2f} / {x['val_top1']:.1%} / {x['val_entropy']:.2f}"
+    steps = [line["step"] for line in curves["claims soft"]]
+    rows = ["| label nats / top-1 / entropy after joint steps | "
+            + " | ".join(map(str, steps)) + " |", "|---|" + "---|" * len(steps),
+            "| frozen planner (`hard`) |" + " |" * (len(steps) - 1) + f" {show(start)} |"]
+    for key, name in names.items():
+        if curves.get(key):
+            rows.append(f"| {name} | " + " | ".join(show(line) for line in curves[key]) + " |")
+    return "\n".join(rows)
+
+
+def labels_table() -> str:
+    rows = ["| label | its words | `soft` - `none`, nats a token |", "|---|---|---|"]
+    for row in load("inside")["labels"]:
+        words = re.sub(r"[|`*_]", "", ", ".join(row["words"][:5]))
+        rows.append(f"| {row['label']} | {words} | {row['nats']:+.3f} |")
+    return "\n".join(rows)
+
+
+def generation_table() -> str:
+    found = load("inside")["generation"]
+    rows = ["| continuation by | distance to the true labels | nats a label under true bigrams |",
+            "|---|---|---|"]
+    for plan in ("none", "hard", "soft", "true"):
+        x = found[plan]
+        name = "the true text" if plan == "true" else f"`{plan}`"
+        rows.append(f"| {name} | {x['levenshtein']:.3f} ± {x['levenshtein_error']:.3f} | "
+                    f"{x['nats']:.2f} ± {x['nats_error']:.2f} |")
+    return "\n".join(rows)
+
+
+TABLES = {                                           # name: (function, the files that it reads)
+    "claims": (lambda: plans_table("claims"), ["claims"]),
+    "comparisons": (comparisons_table, ["comparisons"]),
+    "traps": (traps_table, ["claims", "traps_end"]),
+    "rates": (rates_table, ["claims", "rate_low", "rate_high"]),
+    "wikipedia": (lambda: plans_table("wikipedia"), ["wikipedia"]),
+    "positions": (positions_table, ["inside"]), "drift": (drift_table, ["inside"]),
+    "labels": (labels_table, ["inside"]), "generation": (generation_table, ["inside"]),
+}
+
+
+def tables() -> dict[str, str]:
+    """Those whose figures have been made, as Markdown."""
+    return {name: make() for name, (make, files) in TABLES.items()
+            if all((ROOT / "results" / f"{file}.json").exists() for file in files)}
+
+
 if __name__ == "__main__":
+    names = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
+    seeds = [int(argument[7:]) for argument in sys.argv if argument.startswith("--seed=")]
+    made = {"comparisons": make_comparisons, "inside": make_inside}
     if "--table" in sys.argv:
-        for name in PARTS:
-            if (ROOT / "results" / f"{name}.json").exists():
-                print(f"{name}\n{table(name)}\n")
+        for name, text in tables().items():
+            print(f"{name}\n{text}\n")
+    elif "--one" in sys.argv:
+        run_one(names[0], int(names[1]))
     else:
-        for name in sys.argv[1:] or PARTS:
-            run_part(name)
+        for name in names or [*PARTS, *made]:
+            made[name]() if name in made else run_part(name, *seeds)
