@@ -48,8 +48,11 @@ def load_checkpoint(path: Path) -> dict:
         raise FileNotFoundError(f"{path} does not exist: train it first (python train.py --out_dir="
                                 f"{path.parent})")
     try:
-        with zipfile.ZipFile(path) as archive:       # torch.load does not verify the check sums
-            damaged = archive.testzip()
+        with zipfile.ZipFile(path) as archive:
+            # torch.load verifies no check sum, and would read past an entry of another size or kind
+            odd = [f.filename for f in archive.infolist()
+                   if f.compress_type or f.external_attr or f.compress_size != f.file_size]
+            damaged = odd[0] if odd else archive.testzip()
         saved = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, OSError,
             ValueError) as error:
@@ -57,7 +60,7 @@ def load_checkpoint(path: Path) -> dict:
         raise ValueError(f"{path} is truncated, damaged or not a checkpoint ({reason}): "
                          "delete it and train again") from None
     if saved is None:
-        raise ValueError(f"{path} is damaged (check sum of {damaged}): delete it and train again")
+        raise ValueError(f"{path} is damaged (in {damaged}): delete it and train again")
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         found = saved.get("format") if isinstance(saved, dict) else type(saved).__name__
         raise ValueError(f"{path} is not a checkpoint of this version ({found!r}, not {FORMAT!r}): "
