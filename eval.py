@@ -65,6 +65,8 @@ def load_checkpoint(path: Path) -> dict:
         found = saved.get("format") if isinstance(saved, dict) else type(saved).__name__
         raise ValueError(f"{path} is not a checkpoint of this version ({found!r}, not {FORMAT!r}): "
                          "train again in another out_dir")
+    if (stage := saved.get("stage", path.stem)) != path.stem:    # the first runs' files do not say
+        raise ValueError(f"{path} is a copy of {stage}.pt: delete it and train again")
     return saved
 
 

@@ -196,7 +196,7 @@ def save_checkpoint(path: Path, saved: dict) -> None:
     """Writes beside the file and moves into place: a failed save leaves the last one intact."""
     working = path.with_name(path.name + ".tmp")
     try:
-        torch.save({"format": evaluation.FORMAT, **saved}, working)
+        torch.save({"format": evaluation.FORMAT, "stage": path.stem, **saved}, working)
         with open(working, "rb") as file:
             os.fsync(file.fileno())
         os.replace(working, path)
