@@ -82,6 +82,12 @@ def load_labeler(saved: dict) -> labelling.Labeler:
     return labelling.Labeler(state.get("table"), gpt, state["mean"], state["centroids"])
 
 
+def differences(saved: dict, config: dict) -> str:
+    """The options that a checkpoint was made with, where config.json has others."""
+    return ", ".join(f"{option}={value}" for option, value in saved["depends"].items()
+                     if config.get(option) != value)
+
+
 @dataclass
 class Run:
     """A trained out_dir: its configuration, tokenizer, labeler, and models on demand."""
@@ -99,27 +105,45 @@ class Run:
                                     f"--out_dir={out_dir}")
         try:
             config = json.loads((out_dir / "config.json").read_text())
-            where = choose_device(device or config["device"])
+            *_, own = (config[name] for name in ("data", "cache_dir", "planner_reach", "device"))
+            where = choose_device(device or str(own))
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
             raise ValueError(f"{out_dir / 'config.json'} is damaged: "
                              "run train.py with --resume") from None
-        saved = load_checkpoint(out_dir / "labels.pt")
+        saved = cls.load(out_dir / "labels.pt", config)
         return cls(out_dir, where, config, data.load_tokenizer(out_dir / "tokenizer.json"),
                    load_labeler(saved).to(where), saved)
+
+    @staticmethod
+    def load(path: Path, config: dict) -> dict:
+        """A checkpoint of this run. Raises ValueError where config.json has other options: it is
+        damaged, or train.py was started with others and has not come so far."""
+        saved = load_checkpoint(path)
+        if other := differences(saved, config):
+            raise ValueError(f"{path} was made with {other}, unlike config.json: "
+                             "run train.py with --resume")
+        return saved
 
     @property
     def plans(self) -> list[str]:
         """The plans whose joint stage is finished,
         in the order of the table in DESIGN section 1."""
-        done = [p for p in PLANS if (self.out_dir / f"joint_{p}.pt").exists()
-                and load_checkpoint(self.out_dir / f"joint_{p}.pt")["done"]]
+        done = []
+        for plan in PLANS:
+            if not (path := self.out_dir / f"joint_{plan}.pt").exists():
+                continue
+            saved = load_checkpoint(path)
+            if other := differences(saved, self.config):
+                print(f"joint_{plan}: passed over, was made with {other}")
+            elif saved["done"]:
+                done.append(plan)
         if not done:
             raise FileNotFoundError(f"{self.out_dir} holds no finished plan: "
                                     f"python train.py --out_dir={self.out_dir} --resume=true")
         return done
 
     def model(self, plan: str) -> PlannedGPT:
-        saved = load_checkpoint(self.out_dir / f"joint_{plan}.pt")
+        saved = self.load(self.out_dir / f"joint_{plan}.pt", self.config)
         gpt, planner = GPT(**saved["gpt_args"]), Planner(**saved["planner_args"])
         model = PlannedGPT(gpt, planner, plan, self.config["gumbel_tau"])
         try:
