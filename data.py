@@ -187,7 +187,8 @@ def save_tokenizer(path: Path, tokenizer: tiktoken.Encoding) -> None:
     ranks = []
     if tokenizer.name != "gpt2":
         ranks = [tokenizer.decode_single_token_bytes(t).hex() for t in range(tokenizer.n_vocab - 1)]
-    path.write_text(json.dumps({"name": tokenizer.name, "ranks": ranks}))
+    with replacing(path) as working:
+        working.write_text(json.dumps({"name": tokenizer.name, "ranks": ranks}))
 
 
 def load_tokenizer(path: Path) -> tiktoken.Encoding:
@@ -425,6 +426,23 @@ def download(url: str, size: int, sha256: str, folder: Path) -> Path:
 
 
 # --- store ----------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` when that is done: a write that fails, or
+    a process that is killed, leaves what was there. Raises OSError where the disk is full."""
+    working = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield working
+        with open(working, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(working, path)
+    except OSError as error:
+        raise OSError(f"could not write {path} ({error.strerror or error}): what was saved before "
+                      "is intact; make room and run again (train.py with --resume)") from None
+    finally:
+        working.unlink(missing_ok=True)
+
 
 @dataclass
 class Corpus:

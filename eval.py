@@ -70,6 +70,11 @@ def load_checkpoint(path: Path) -> dict:
     return saved
 
 
+def write_json(path: Path, content: dict) -> None:
+    with data.replacing(path) as working:
+        working.write_text(json.dumps(content, indent=1) + "\n")
+
+
 def load_labeler(saved: dict) -> labelling.Labeler:
     """The Labeler in a labels.pt."""
     state = saved["labeler"]
@@ -633,7 +638,7 @@ def main(argv=None):
         else:
             corpus = run.corpus(args.split)
             results = evaluate(run, corpus, run.bytes, args.split)
-        (args.out_dir / "eval.json").write_text(json.dumps(results, indent=1) + "\n")
+        write_json(args.out_dir / "eval.json", results)
         print(table(results))
         if args.report:
             write_report(run, args.report, corpus, results)

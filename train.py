@@ -13,7 +13,6 @@ no random state to save, and a resumed run ends bit for bit like an undisturbed 
 import dataclasses
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -193,24 +192,12 @@ def parse_config(argv=None) -> Config:
 # --- checkpoints ----------------------------------------------------------------------------------
 
 def save_checkpoint(path: Path, saved: dict) -> None:
-    """Writes beside the file and moves into place: a failed save leaves the last one intact."""
-    working = path.with_name(path.name + ".tmp")
-    try:
-        torch.save({"format": evaluation.FORMAT, "stage": path.stem, **saved}, working)
-        with open(working, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(working, path)
-    except (OSError, RuntimeError) as error:         # torch reports a full disk as a RuntimeError
-        working.unlink(missing_ok=True)
-        raise OSError(f"could not write {path} ({str(error).splitlines()[0]}): what was saved "
-                      "before is intact; make room and go on with --resume") from None
-
-
-def write_json(path: Path, content: dict) -> None:
-    """As `save_checkpoint`: beside the file, then into place."""
-    working = path.with_name(path.name + ".tmp")
-    working.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(working, path)
+    """A failed save leaves the last one intact."""
+    with data.replacing(path) as working:
+        try:
+            torch.save({"format": evaluation.FORMAT, "stage": path.stem, **saved}, working)
+        except RuntimeError as error:                # as which torch reports a full disk
+            raise OSError(str(error).splitlines()[0]) from None
 
 
 class Job:
@@ -238,7 +225,8 @@ class Job:
         resolved = {"dtype": self.dtype, "fingerprint": self.store.meta["fingerprint"]}
         self.options = dataclasses.asdict(config) | resolved
         data.save_tokenizer(self.out / "tokenizer.json", self.store.tokenizer)
-        write_json(self.out / "config.json", self.options | {"versions": evaluation.versions()})
+        evaluation.write_json(self.out / "config.json",
+                              self.options | {"versions": evaluation.versions()})
         self.stop, self.known = False, {}
 
     def _dtype(self) -> str:
@@ -593,7 +581,7 @@ def run(config: Config) -> dict:
         train_joint(job, plan, labeler)
     trained = evaluation.Run.open(job.out, str(job.device))
     results = evaluation.evaluate(trained, job.val, splits["val"]["bytes"], "val")
-    write_json(job.out / "results.json", results)
+    evaluation.write_json(job.out / "results.json", results)
     print(evaluation.table(results))
     return results
 
