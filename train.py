@@ -10,6 +10,7 @@ All plans start from the same three files and see the same batches in the same o
 differences are paired. Batches, and gumbel's noise, are functions of (seed, stage, step): there is
 no random state to save, and a resumed run ends bit for bit like an undisturbed one on the CPU.
 """
+import contextlib
 import dataclasses
 import json
 import math
@@ -278,12 +279,18 @@ class Job:
             file.write(json.dumps(entry) + "\n")
 
     def forget(self, name: str, step: int) -> None:
-        """Drops what metrics.jsonl has of a stage after a step: that is about to be done again."""
-        path = self.out / "metrics.jsonl"
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
-            again = lambda entry: entry["stage"] == name and entry["step"] > step
-            path.write_text("".join(line for line in lines if not again(json.loads(line))))
+        """Drops what metrics.jsonl has of a stage after a step: that is about to be done again;
+        and lines that are cut or damaged."""
+        path, kept = self.out / "metrics.jsonl", []
+        if not path.exists():
+            return
+        for line in path.read_text("utf-8", "replace").split("\n")[:-1]:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                entry = json.loads(line)
+                if entry["stage"] != name or entry["step"] <= step:
+                    kept.append(line + "\n")
+        with data.replacing(path) as working:
+            working.write_text("".join(kept), "utf-8")
 
 
 def faster_dtype(device: torch.device) -> str:
