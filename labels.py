@@ -13,8 +13,8 @@ out the first principal component as well, changed nothing here, and ruins a cor
 NOTE(paper): the paper takes its vectors from a pretrained sentence encoder.
 """
 import hashlib
+import io
 import math
-import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Corpus
+from data import Corpus, replacing
 
 SIF_A = 1e-3
 CHUNK = 4096                                         # sentences embedded at a time
@@ -122,23 +122,40 @@ def _sentences(corpus: Corpus, i: int, device=None):
 
 def embed_corpus(labeler: Labeler, corpus: Corpus, path: Path | None = None) -> np.ndarray:
     """The vectors (n, E) of a corpus's finished sentences in half precision: in memory, or as a
-    memory map under `path`, written once and moved into place when whole."""
-    shape = (corpus.n_sentences, len(labeler.mean))
-    if path is not None and path.exists():
-        vectors = np.load(path, mmap_mode="r")
-        if vectors.shape == shape:
-            return vectors
-    working = path and path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    vectors = np.empty(shape, np.float16) if path is None else np.lib.format.open_memmap(
-        working, "w+", np.float16, shape)
+    memory map under `path`, written once, with a digest behind it; and again where damaged."""
+    shape = corpus.n_sentences, len(labeler.mean)
     chunks = range(0, corpus.n_sentences, CHUNK)
-    for i in tqdm(chunks, desc="vectors", leave=False, disable=path is None):
-        vectors[i:i + CHUNK] = labeler.embed(*_sentences(corpus, i)).cpu().numpy()
+    embed = lambda i: labeler.embed(*_sentences(corpus, i)).cpu().numpy().astype(np.float16)
     if path is None:
+        vectors = np.empty(shape, np.float16)
+        for i in chunks:
+            vectors[i:i + CHUNK] = embed(i)
         return vectors
-    vectors.flush()
-    os.replace(working, path)
-    return np.load(path, mmap_mode="r")
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        buffer, {"descr": np.dtype(np.float16).str, "fortran_order": False, "shape": shape})
+    header = buffer.getvalue()
+    if not _whole(path, header, 2 * shape[0] * shape[1]):
+        # written, not mapped: a map on a full disk ends the process (SIGBUS)
+        with replacing(path) as working, open(working, "wb") as file:
+            digest = hashlib.sha256(header)
+            file.write(header)
+            for i in tqdm(chunks, desc="vectors", leave=False):
+                content = embed(i).tobytes()
+                digest.update(content)
+                file.write(content)
+            file.write(digest.digest())
+    return np.memmap(path, np.float16, "r", len(header), shape)
+
+
+def _whole(path: Path, header: bytes, size: int) -> bool:
+    """Whether a file is a header, `size` bytes and their digest. As with the store, the digest of
+    more than 1 GB is not looked at."""
+    if not path.exists() or path.stat().st_size != len(header) + size + 32:
+        return False
+    content = np.memmap(path, np.uint8, "r")
+    return content[:len(header)].tobytes() == header and (
+        size > 1 << 30 or hashlib.sha256(content[:-32]).digest() == content[-32:].tobytes())
 
 
 def label_corpus(labeler: Labeler, vectors: np.ndarray) -> np.ndarray:
