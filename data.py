@@ -187,20 +187,28 @@ def save_tokenizer(path: Path, tokenizer: tiktoken.Encoding) -> None:
     ranks = []
     if tokenizer.name != "gpt2":
         ranks = [tokenizer.decode_single_token_bytes(t).hex() for t in range(tokenizer.n_vocab - 1)]
+    saved = {"name": tokenizer.name, "ranks": ranks}
     with replacing(path) as working:
-        working.write_text(json.dumps({"name": tokenizer.name, "ranks": ranks}))
+        working.write_text(json.dumps(saved | {"digest": _digest(saved)}))
+
+
+def _digest(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def load_tokenizer(path: Path) -> tiktoken.Encoding:
     """Reads the file of `save_tokenizer`. Raises ValueError where it is damaged."""
     try:
         saved = json.loads(path.read_text())
+        digest = saved.pop("digest", None)
+        if digest not in (None, _digest(saved)):     # None: a file of an earlier commit
+            raise ValueError("its digest is another")
         if saved["name"] != "gpt2":
             ranks = {bytes.fromhex(token): rank for rank, token in enumerate(saved["ranks"])}
             return bpe_tokenizer(ranks)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): "
-                         "delete its folder and run train.py again") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): run train.py with --resume where this is "
+                         "an out_dir; delete the folder where it is a prepared corpus") from None
     return gpt2_tokenizer()
 
 
@@ -529,7 +537,9 @@ def prepare(name: str, tokenizer: str, vocab_size: int, cache_dir: Path) -> Stor
             shutil.rmtree(working, ignore_errors=True)
     try:
         meta = json.loads((path / "meta.json").read_text())
-    except (OSError, ValueError):
+        if meta["fingerprint"] != _digest(meta["splits"]):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{path / 'meta.json'} is missing or damaged: "
                          f"delete {path} and run again") from None
     return Store(path, load_tokenizer(path / "tokenizer.json"), meta)
@@ -554,8 +564,7 @@ def _write_store(path: Path, name: str, tokenizer: str, vocab_size: int, cache_d
                 writers[split].add(text.encode(), tokens)
                 done.update(len(text.encode()))
     splits = {split: writer.close() for split, writer in writers.items()}
-    fingerprint = hashlib.sha256(json.dumps(splits).encode()).hexdigest()[:16]
-    meta = {"fingerprint": fingerprint, "splits": splits}
+    meta = {"fingerprint": _digest(splits), "splits": splits}
     for split, counts in splits.items():
         if counts["sentences"]["length"] < 4:    # the opening <|endoftext|>, two sentences, the end
             raise ValueError(f"data={name} leaves {counts['sentences']['length'] - 2} sentences "
