@@ -235,9 +235,10 @@ class Job:
         if self.config.dtype != "auto":
             return self.config.dtype
         try:
-            return json.loads((self.out / "config.json").read_text())["dtype"]
+            before = json.loads((self.out / "config.json").read_text())["dtype"]
         except (OSError, ValueError, KeyError, TypeError):
-            return faster_dtype(self.device)
+            before = None
+        return before if before in ("bfloat16", "float32") else faster_dtype(self.device)
 
     def depends(self, name: str) -> dict:
         """The options that a stage's result depends on, with their values."""
