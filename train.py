@@ -25,6 +25,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:                                  # not on Windows
+    fcntl = None
+
 import data
 import eval as evaluation
 import labels as labelling
@@ -214,6 +219,9 @@ class Job:
             raise ValueError(f"out_dir={self.out} holds {stages[0].name} already: go on with "
                              "--resume, or choose another --out_dir")
         self.out.mkdir(parents=True, exist_ok=True)
+        self.lock = self._lock()
+        for left in self.out.glob("*.tmp"):          # by a run that was killed while it wrote
+            left.unlink(missing_ok=True)
         self.dtype = self._dtype()
         self.store = data.prepare(config.data, config.tokenizer, config.vocab_size,
                                   Path(config.cache_dir))
@@ -229,6 +237,19 @@ class Job:
         evaluation.write_json(self.out / "config.json",
                               self.options | {"versions": evaluation.versions()})
         self.stop, self.known = False, {}
+
+    def _lock(self):
+        """The open file whose lock keeps a second process out; it ends with this process, however
+        that ends. Where there is no such lock (Windows, some network disks), nothing is kept."""
+        file = open(self.out / ".lock", "a")
+        try:
+            fcntl and fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"out_dir={self.out} is in use by another run of train.py: wait for "
+                             "it, or choose another --out_dir") from None
+        except OSError:
+            pass
+        return file
 
     def _dtype(self) -> str:
         """The option, or what an earlier start of this run found out, or what is faster here."""
