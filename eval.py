@@ -279,7 +279,7 @@ def summary(found: Scores, n_bytes: int) -> dict:
     """The figures of one plan: nll in nats a token, ppl = exp(nll),
     bits per UTF-8 byte of the text."""
     nll = float(found.nll.mean())
-    result = {"nll": nll, "ppl": math.exp(nll),
+    result = {"nll": nll, "ppl": math.inf if nll > 700 else math.exp(nll),     # a float ends there
               "bits_per_byte": float(found.nll.sum()) / math.log(2) / n_bytes,
               "planner_ce": None, "planner_acc": None,
               "planner_rank": None, "planner_entropy": None}
@@ -314,7 +314,7 @@ def table(results: dict) -> str:
              f"{'plan':<17}{'perplexity':>10}{'vs none':>9}{'gap closed':>12}{'bits/byte':>11}"
              f"{'label nats':>12}{'top-1':>8}{'mean rank':>11}"]
     for plan, r in plans.items():
-        change = "" if base is None else f"{100 * math.expm1(r['nll'] - base):+.2f} %"
+        change = "" if base is None else f"{100 * math.expm1(min(r['nll'] - base, 700)):+.2f} %"
         gap = "" if None in (base, bound) or base <= bound else (
             f"{(base - r['nll']) / (base - bound):.0%}")
         label = "" if r["planner_ce"] is None else (
