@@ -282,13 +282,14 @@ def summary(found: Scores, n_bytes: int) -> dict:
     result = {"nll": nll, "ppl": math.inf if nll > 700 else math.exp(nll),     # a float ends there
               "bits_per_byte": float(found.nll.sum()) / math.log(2) / n_bytes,
               "planner_ce": None, "planner_acc": None,
-              "planner_rank": None, "planner_entropy": None}
+              "planner_rank": None, "planner_entropy": None, "planner_labels": None}
     known = ~np.isnan(found.ce)
     if known.any():
         result |= {"planner_ce": float(found.ce[known].mean()),
                    "planner_acc": float((found.rank[known] == 0).mean()),
                    "planner_rank": float(found.rank[known].mean() + 1),
-                   "planner_entropy": float(np.nanmean(found.entropy))}
+                   "planner_entropy": float(np.nanmean(found.entropy)),
+                   "planner_labels": len(np.unique(found.top[known, 0]))}
     return result
 
 
@@ -321,6 +322,9 @@ def table(results: dict) -> str:
             f"{r['planner_ce']:12.3f}{r['planner_acc']:8.1%}{r['planner_rank']:11.1f}")
         lines.append(f"{plan:<17}{r['ppl']:10.3f}{change:>9}{gap:>12}"
                      f"{r['bits_per_byte']:11.4f}{label}")
+    for plan, r in plans.items():
+        if r["planner_labels"] == 1 and results["sentences"] >= 64:       # in a few, chance does it
+            lines.append(f"{plan}: its planner has collapsed: one likeliest label for all sentences")
     lines.append(f"Without a planner, the next label costs {results['unigram_ce']:.3f} nats "
                  f"by its frequency, {results['bigram_ce']:.3f} by the label before it.")
     return "\n".join(lines)
