@@ -360,11 +360,12 @@ def _json_text(line: str, where: str) -> str:
 
 
 def _cut(text: str, limit: int) -> Iterator[str]:
-    while len(text) > limit:
-        at = text.rfind("\n", 1, limit) + 1 or limit
-        yield text[:at]
-        text = text[at:]
-    yield text
+    begin = 0
+    while len(text) - begin > limit:
+        end = text.rfind("\n", begin + 1, begin + limit) + 1 or begin + limit
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
 
 
 def _split_files(files: list[Path]) -> Iterator[tuple[str, str]]:
