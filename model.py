@@ -141,6 +141,12 @@ def init_weights(module: nn.Module, n_layer: int, generator: torch.Generator) ->
             nn.init.normal_(p, std=std, generator=generator)
 
 
+def chunk(weight: torch.Tensor) -> int:
+    """How many rows of logits, x @ weight.T, to make at a time; on a CPU, few enough to stay in
+    its cache."""
+    return max(1, (1 << 19 if weight.device.type == "cpu" else 1 << 28) // len(weight))
+
+
 class MeanCrossEntropy(torch.autograd.Function):
     """The mean of F.cross_entropy(F.linear(x, weight), targets, ignore_index=-1),
     a few rows at a time.
@@ -158,7 +164,7 @@ class MeanCrossEntropy(torch.autograd.Function):
         x, w, counted = x.to(dtype), weight.to(dtype), targets >= 0
         n, targets, total = counted.sum().clamp(min=1), targets.clamp(min=0)[:, None], 0.0
         grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
-        size = max(1, (1 << 19 if device == "cpu" else 1 << 28) // len(weight))
+        size = chunk(weight)
         for i in range(0, len(x), size):
             rows = slice(i, i + size)
             probs = (x[rows] @ w.T).softmax(-1, dtype=weight.dtype)             # (rows, V)
@@ -222,6 +228,8 @@ class GPT(nn.Module):
             return F.linear(x, self.wte.weight)[..., :self.vocab_size]  # (B, T, V), tied weights
         if reduction == "mean":
             return MeanCrossEntropy.apply(x.flatten(0, 1), self.wte.weight, targets.flatten())
-        logits = F.linear(x, self.wte.weight).flatten(0, 1)
-        loss = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none")
-        return loss.view_as(targets)
+        weight, size = self.wte.weight, chunk(self.wte.weight)
+        parts = zip(x.flatten(0, 1).split(size), targets.flatten().split(size))
+        loss = [F.cross_entropy(F.linear(part, weight), target, ignore_index=-1, reduction="none")
+                for part, target in parts]
+        return torch.cat(loss).view_as(targets)

@@ -9,20 +9,26 @@ Four stages, each with a checkpoint in out_dir:
 All plans start from the same three files and see the same batches in the same order, so their
 differences are paired. Batches, and gumbel's noise, are functions of (seed, stage, step): there is
 no random state to save, and a resumed run ends bit for bit like an undisturbed one on the CPU.
+
+Under `torchrun --nproc_per_node=N train.py ...` the same loop runs data-parallel: each of the N
+processes (ranks) takes its share of every batch, the gradients are averaged, and rank 0 writes.
 """
 import contextlib
 import dataclasses
 import json
 import math
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 try:
@@ -212,31 +218,70 @@ class Job:
     def __init__(self, config: Config):
         self.config, self.out = config, Path(config.out_dir)
         self.device = evaluation.choose_device(config.device)
+        self.rank, self.world = (int(os.environ.get(name, default))      # as torchrun sets them
+                                 for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        if self.world > 1:
+            self._join()
         if self.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = True
         stages = sorted(self.out.glob("*.pt"))
         if stages and not config.resume:
             raise ValueError(f"out_dir={self.out} holds {stages[0].name} already: go on with "
                              "--resume, or choose another --out_dir")
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.lock = self._lock()
-        for left in self.out.glob("*.tmp"):          # by a run that was killed while it wrote
-            left.unlink(missing_ok=True)
-        self.dtype = self._dtype()
-        self.store = data.prepare(config.data, config.tokenizer, config.vocab_size,
-                                  Path(config.cache_dir))
+        with self.rank_0_first():
+            self.out.mkdir(parents=True, exist_ok=True)
+            if self.rank == 0:
+                self.lock = self._lock()
+                for left in self.out.glob("*.tmp"):  # by a run that was killed while it wrote
+                    left.unlink(missing_ok=True)
+            self.dtype = self._dtype()
+            self.store = data.prepare(config.data, config.tokenizer, config.vocab_size,
+                                      Path(config.cache_dir))
+            self.options = dataclasses.asdict(config) | {
+                "dtype": self.dtype, "fingerprint": self.store.meta["fingerprint"]}
+            if self.rank == 0:
+                data.save_tokenizer(self.out / "tokenizer.json", self.store.tokenizer)
+                evaluation.write_json(self.out / "config.json",
+                                      self.options | {"versions": evaluation.versions()})
         self.train, self.val = self.store.split("train"), self.store.split("val")
         if config.n_labels > self.train.n_sentences:
             raise ValueError(f"n_labels={config.n_labels}: the training split has but "
                              f"{self.train.n_sentences} sentences; ask for fewer labels, or give "
                              "more text")
         data.batch_starts(len(self.train.tokens), config.block_size, 1, (0,), 0)    # does it fit?
-        resolved = {"dtype": self.dtype, "fingerprint": self.store.meta["fingerprint"]}
-        self.options = dataclasses.asdict(config) | resolved
-        data.save_tokenizer(self.out / "tokenizer.json", self.store.tokenizer)
-        evaluation.write_json(self.out / "config.json",
-                              self.options | {"versions": evaluation.versions()})
         self.stop, self.known = False, {}
+
+    def _join(self) -> None:
+        """Joins the other processes that torchrun started."""
+        for name in ("batch_size", "planner_batch"):
+            if getattr(self.config, name) % self.world:
+                raise ValueError(f"{name}={getattr(self.config, name)} can't be shared by "
+                                 f"{self.world} processes: choose a multiple")
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(self.device)
+        # rank 0 may prepare a corpus, or fit k-means, for long while the others wait
+        dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=12))
+        if self.rank:
+            sys.stdout = open(os.devnull, "w")       # one screen, one voice
+
+    @contextlib.contextmanager
+    def rank_0_first(self):
+        """Rank 0 goes through the block, and then the others, who find its files written."""
+        if self.rank:
+            dist.barrier()
+        yield
+        if self.world > 1 and self.rank == 0:
+            dist.barrier()
+
+    def averaged(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The means over ranks of some scalars (of the label loss, the mean of the ranks' means)."""
+        if self.world == 1:
+            return values
+        stacked = torch.stack([value.float() for value in values.values()])
+        dist.all_reduce(stacked)
+        return dict(zip(values, stacked / self.world))
 
     def _lock(self):
         """The open file whose lock keeps a second process out; it ends with this process, however
@@ -297,6 +342,8 @@ class Job:
 
     def log(self, **entry) -> None:
         """Adds a line to metrics.jsonl."""
+        if self.rank:
+            return
         with open(self.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(entry) + "\n")
 
@@ -304,7 +351,7 @@ class Job:
         """Drops what metrics.jsonl has of a stage after a step: that is about to be done again;
         and lines that are cut or damaged."""
         path, kept = self.out / "metrics.jsonl", []
-        if not path.exists():
+        if self.rank or not path.exists():
             return
         for line in path.read_text("utf-8", "replace").split("\n")[:-1]:
             with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -388,10 +435,12 @@ def fit(job: Job, stage: Stage, saved: dict | None) -> None:
         optimizer.load_state_dict(saved["optimizer"])
         first, skipped = saved["step"], saved["skipped"]
     job.forget(name, first)
-    run = torch.compile(model) if config.compile else model
+    run = torch.nn.parallel.DistributedDataParallel(model) if job.world > 1 else model
+    run = torch.compile(run) if config.compile else run
     late = list(model.planner.parameters()) if getattr(model, "planner", None) else []
     tokens, begun = 0, time.perf_counter()
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, mininterval=0.5)
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, mininterval=0.5,
+               disable=job.rank > 0)
 
     for step in bar:
         # 1. learning rate
@@ -400,15 +449,19 @@ def fit(job: Job, stage: Stage, saved: dict | None) -> None:
             group["lr"] = group["peak_lr"] * share
 
         # 2. gradients, over the micro-batches
-        batches, total = stage.batches(step), {}
+        batches, total = stage.batches(step), {"stop": torch.tensor(job.stop, device=job.device)}
         for micro, batch in enumerate(batches):
-            noise = noise_generator(job.device, config.seed, step, micro)
-            with evaluation.autocast(job.device, job.dtype):
-                found = stage.losses(run, batch.to(job.device), noise)
-            (found["loss"] / len(batches)).backward()
+            noise = noise_generator(job.device, config.seed, step, micro, job.rank)
+            early = job.world > 1 and micro + 1 < len(batches)       # ranks talk at the last alone
+            with run.no_sync() if early else contextlib.nullcontext():
+                with evaluation.autocast(job.device, job.dtype):
+                    found = stage.losses(run, batch.to(job.device), noise)
+                (found["loss"] / len(batches)).backward()
             for key, value in found.items():
                 total[key] = total.get(key, 0.0) + value.detach() / len(batches)
-            tokens += batch.tokens.numel() or batch.labels.numel()
+            tokens += job.world * (batch.tokens.numel() or batch.labels.numel())
+        total = job.averaged(total)
+        stop = bool(total.pop("stop"))               # one rank was told to: all do, at this step
         if step < config.unfreeze_step:
             for p in late:
                 p.grad = None                        # no optimizer step where there is no gradient
@@ -440,15 +493,18 @@ def fit(job: Job, stage: Stage, saved: dict | None) -> None:
         if (step + 1) % config.eval_every == 0 or last:
             job.log(stage=name, step=step + 1, **stage.validate())
             begun = time.perf_counter()
-        if last or job.stop or (step + 1) % config.save_every == 0:
+        saving = last or stop or (step + 1) % config.save_every == 0
+        if saving and job.rank == 0:
             save_checkpoint(job.out / f"{name}.pt", {
                 "depends": job.depends(name), "step": step + 1, "done": last, "skipped": skipped,
                 "model": model.state_dict(), **stage.args,
                 "optimizer": None if last else optimizer.state_dict()})
-        if job.stop:
+        if stop:
             bar.close()
             raise KeyboardInterrupt
     bar.close()
+    if job.world > 1:
+        dist.barrier()                               # the last checkpoint is there for all
 
 
 # --- the stages -----------------------------------------------------------------------------------
@@ -500,7 +556,8 @@ def train_planner(job: Job, labeler: labelling.Labeler) -> None:
 
     def batches(step):
         starts = data.batch_starts(job.train.n_sentences, width, c.planner_batch, (c.seed, 1), step)
-        return [data.sentence_batch(job.train, starts, width, vectors, labels)]
+        rows = starts[job.rank::job.world]
+        return [data.sentence_batch(job.train, rows, width, vectors, labels)]
 
     def losses(run, batch, noise):
         return {"loss": label_loss(run(batch.vectors, batch.first), batch.labels)}
@@ -554,13 +611,14 @@ def initial_label_emb(centroids: torch.Tensor, n_embd: int) -> torch.Tensor:
 
 
 def window_batches(job: Job, step: int, purpose: int, vectors=None, labels=None):
-    """The micro-batches of a step: a function of the seed, the stage's purpose and the step."""
+    """The micro-batches of a step, or this rank's share of them: a function of the seed, the
+    stage's purpose and the step."""
     c = job.config
     starts = data.batch_starts(len(job.train.tokens), c.block_size, c.batch_size * c.grad_accum,
                                (c.seed, purpose), step)
     return [data.window_batch(job.train, rows, c.block_size, vectors, labels, c.planner_reach,
                               c.planner_view)
-            for rows in starts.reshape(c.grad_accum, c.batch_size)]
+            for rows in starts[job.rank::job.world].reshape(c.grad_accum, -1)]
 
 
 def validate_lm(job: Job, model: PlannedGPT, labeler: labelling.Labeler | None = None) -> dict:
@@ -604,10 +662,15 @@ def run(config: Config) -> dict:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     gpt, gpt_args = train_lm(job)
-    labeler = make_labels(job, gpt, gpt_args)
+    with job.rank_0_first():
+        labeler = make_labels(job, gpt, gpt_args)
     train_planner(job, labeler)
     for plan in config.plan_names:
         train_joint(job, plan, labeler)
+    if job.world > 1:
+        dist.destroy_process_group()
+    if job.rank:
+        return {}
     trained = evaluation.Run.open(job.out, str(job.device))
     results = evaluation.evaluate(trained, job.val, splits["val"]["bytes"], "val")
     evaluation.write_json(job.out / "results.json", results)

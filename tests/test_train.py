@@ -486,3 +486,41 @@ def train_stage_ce(found, corpus):
         scores = evaluation.score(model, corpus, *found.sentences(corpus, "val"), 16, "document")
         return np.nanmean(scores.ce)
     return ce
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+def torchrun(corpus, out, n=2, **more):
+    """The run of `options`, data-parallel in n processes on this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
+               "train.py", *options(corpus, out, **more)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def losses(out):
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return {(line["stage"], line["step"]): line["loss"] for line in lines if "loss" in line}
+
+
+def test_two_processes_train_as_one_does_with_the_same_batches(corpus, tmp_path):
+    one, two, more = tmp_path / "one", tmp_path / "two", dict(grad_accum=2, plans="none,soft")
+    run(corpus, one, **more)
+    done = torchrun(corpus, two, **more)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("perplexity") == 1      # rank 0 alone speaks
+    assert losses(two).keys() == losses(one).keys() and len(losses(one)) == 4
+    for key, loss in losses(one).items():
+        assert losses(two)[key] == pytest.approx(loss, rel=1e-5)
+    # Control: with other batches, a different loss. And one process can go on where two ended.
+    run(corpus, tmp_path / "other", plans="none", seed=1)
+    assert losses(tmp_path / "other")["lm", 6] != pytest.approx(losses(one)["lm", 6], rel=1e-4)
+    run(corpus, two, **more | {"plans": "none,soft,hard"}, resume=True)
+    assert ("joint_hard", 6) in losses(two)
+
+
+def test_batches_that_processes_can_not_share_are_refused(corpus, tmp_path):
+    done = torchrun(corpus, tmp_path / "out", batch_size=3)
+    assert done.returncode != 0
+    assert "train.py: error: batch_size=3 can't be shared by 2 processes" in done.stderr
+    assert not list((tmp_path / "out").glob("*.pt"))
