@@ -71,6 +71,7 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def write_json(path: Path, content: dict) -> None:
+    """As a whole: a failed write leaves what was there. Raises OSError where the disk is full."""
     with data.replacing(path) as working:
         working.write_text(json.dumps(content, indent=1) + "\n")
 
@@ -324,7 +325,7 @@ def table(results: dict) -> str:
                      f"{r['bits_per_byte']:11.4f}{label}")
     for plan, r in plans.items():
         if r["planner_labels"] == 1 and results["sentences"] >= 64:       # in a few, chance does it
-            lines.append(f"{plan}: its planner has collapsed: one likeliest label for all sentences")
+            lines.append(f"{plan}: its planner has collapsed onto one label for all sentences")
     lines.append(f"Without a planner, the next label costs {results['unigram_ce']:.3f} nats "
                  f"by its frequency, {results['bigram_ce']:.3f} by the label before it.")
     return "\n".join(lines)

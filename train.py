@@ -276,7 +276,7 @@ class Job:
             dist.barrier()
 
     def averaged(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The means over ranks of some scalars (of the label loss, the mean of the ranks' means)."""
+        """The means over ranks of some scalars; of the label loss, the mean of the ranks' means."""
         if self.world == 1:
             return values
         stacked = torch.stack([value.float() for value in values.values()])
@@ -423,6 +423,24 @@ class Stage:
     args: dict                                       # how to build the modules again, to be saved
 
 
+def gradients(job: Job, stage: Stage, run: torch.nn.Module, step: int) -> tuple[dict, int]:
+    """Leaves a step's gradients in the parameters; returns its losses, scalars averaged over the
+    micro-batches and the ranks, with "stop", above 0 if a rank was told to; and its tokens."""
+    batches, tokens = stage.batches(step), 0
+    total = {"stop": torch.tensor(float(job.stop), device=job.device)}
+    for micro, batch in enumerate(batches):
+        noise = noise_generator(job.device, job.config.seed, step, micro, job.rank)
+        early = job.world > 1 and micro + 1 < len(batches)       # ranks talk at the last one alone
+        with run.no_sync() if early else contextlib.nullcontext():
+            with evaluation.autocast(job.device, job.dtype):
+                found = stage.losses(run, batch.to(job.device), noise)
+            (found["loss"] / len(batches)).backward()
+        for key, value in found.items():
+            total[key] = total.get(key, 0.0) + value.detach() / len(batches)
+        tokens += job.world * (batch.tokens.numel() or batch.labels.numel())
+    return job.averaged(total), tokens
+
+
 def fit(job: Job, stage: Stage, saved: dict | None) -> None:
     """Trains a stage, from its checkpoint `saved` if there is one, and leaves its checkpoint."""
     config, name, model, steps = job.config, stage.name, stage.model, stage.steps
@@ -448,20 +466,10 @@ def fit(job: Job, stage: Stage, saved: dict | None) -> None:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * share
 
-        # 2. gradients, over the micro-batches
-        batches, total = stage.batches(step), {"stop": torch.tensor(job.stop, device=job.device)}
-        for micro, batch in enumerate(batches):
-            noise = noise_generator(job.device, config.seed, step, micro, job.rank)
-            early = job.world > 1 and micro + 1 < len(batches)       # ranks talk at the last alone
-            with run.no_sync() if early else contextlib.nullcontext():
-                with evaluation.autocast(job.device, job.dtype):
-                    found = stage.losses(run, batch.to(job.device), noise)
-                (found["loss"] / len(batches)).backward()
-            for key, value in found.items():
-                total[key] = total.get(key, 0.0) + value.detach() / len(batches)
-            tokens += job.world * (batch.tokens.numel() or batch.labels.numel())
-        total = job.averaged(total)
+        # 2. gradients
+        total, n = gradients(job, stage, run, step)
         stop = bool(total.pop("stop"))               # one rank was told to: all do, at this step
+        tokens += n
         if step < config.unfreeze_step:
             for p in late:
                 p.grad = None                        # no optimizer step where there is no gradient

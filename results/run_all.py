@@ -136,7 +136,7 @@ def run_one(name: str, seed: int) -> None:
         run, found = scores(out, "test")
         result["test"] = {plan: evaluation.summary(s, run.bytes) for plan, s in found.items()}
         if name == "claims" or part.traps:
-            result["no_overlap"] = {plan: no_overlap(run, plan) for plan in ("none", "hard", "soft")}
+            result["no_overlap"] = {p: no_overlap(run, p) for p in ("none", "hard", "soft")}
     (out / "part.json").write_text(json.dumps(result))
 
 
@@ -274,7 +274,7 @@ def make_inside() -> None:
 
 
 def positions(seeds: list[int]) -> list[dict]:
-    """Nats a token against `none`, by the token's place in its sentence, and its share of tokens."""
+    """Nats a token against `none`, by the place in the sentence, and the share of tokens there."""
     rows = []
     for seed in seeds:
         run, found = scores(folder("claims", seed), "val")
@@ -291,7 +291,7 @@ def positions(seeds: list[int]) -> list[dict]:
 
 
 def drift(seeds: list[int]) -> dict[str, list]:
-    """What the planner says of validation's first tokens, over the joint steps, means over seeds."""
+    """What the planner says of validation, over the joint steps: means over seeds."""
     curves = {}
     for name, plan in (("claims", "hard"), ("claims", "soft"), ("claims", "straight_through"),
                        ("untrained", "soft"), ("label_loss", "soft")):

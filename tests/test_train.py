@@ -492,8 +492,8 @@ def train_stage_ce(found, corpus):
 
 def torchrun(corpus, out, n=2, **more):
     """The run of `options`, data-parallel in n processes on this machine."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
-               "train.py", *options(corpus, out, **more)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc_per_node={n}", "train.py", *options(corpus, out, **more)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
 
