@@ -725,15 +725,17 @@ def window_batch(corpus: Corpus, starts: np.ndarray, width: int, vectors: np.nda
 
 def _pack(sizes: np.ndarray) -> tuple[np.ndarray, int, int]:
     """sizes (B,) -> where each piece begins in the R rows of P that hold them all one behind
-    another, R, P: the longest first, each into the first row with room."""
-    begins, P, room = np.zeros_like(sizes), int(sizes.max()), []
+    another, R, P: the longest first, each into the first row with room. R and P are rounded up, for
+    each new shape costs memory, and time where the model is compiled."""
+    begins, P, room = np.zeros_like(sizes), -(-int(sizes.max()) // 16) * 16, []
     for piece in np.argsort(-sizes, kind="stable"):
         row = next((r for r, left in enumerate(room) if left >= sizes[piece]), len(room))
         if row == len(room):
             room.append(P)
         begins[piece] = row * P + P - room[row]
         room[row] -= sizes[piece]
-    return begins, len(room), P
+    R = len(room)
+    return begins, R if R < 4 else -(-R // 4) * 4, P
 
 
 def sentence_batch(corpus: Corpus, starts: np.ndarray, width: int, vectors: np.ndarray,
