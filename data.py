@@ -14,6 +14,7 @@ sentence and document structure of any stream follows from its tokens alone (`Co
 import ast
 import contextlib
 import functools
+import gc
 import gzip
 import hashlib
 import heapq
@@ -288,9 +289,10 @@ def _docstrings() -> Iterator[tuple[str, str]]:
         root = Path(spec.submodule_search_locations[0])
         files += [(path.relative_to(root.parent).as_posix(), path) for path in root.rglob("*.py")]
     unique = {}
-    # Spawned, not forked: torch's threads may be running.
-    # Parsing is most of the preparation's time.
-    with ProcessPoolExecutor(min(4, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+    # Spawned, not forked: torch's threads may be running. Parsing is most of the preparation's
+    # time; two thirds of that would go to the garbage collector, and a syntax tree has no cycles.
+    with ProcessPoolExecutor(min(4, os.cpu_count() or 1), mp_context=get_context("spawn"),
+                             initializer=gc.disable) as pool:
         paths = [path for _, path in sorted(files)]
         parsed = pool.map(_file_docstrings, paths, chunksize=64)
         for (relative, _), texts in zip(sorted(files), parsed):
@@ -339,12 +341,13 @@ def read_documents(path: Path, limit: int = 1 << 62) -> Iterator[str]:
                 if line.strip():
                     yield from _cut(_json_text(line, f"{path}:{number}"), limit)
             return
-        parts, size = [], 0
-        while line := text.readline(min(limit, 1 << 20)):      # bounded: a line may have no end
-            if line.strip() == EOT or size + len(line) > limit:
+        parts, size, longest = [], 0, min(limit, 1 << 20)      # bounded: a line may have no end
+        while line := text.readline(longest):
+            separates = EOT in line and line.strip() == EOT
+            if separates or size + len(line) > limit:
                 yield "".join(parts)
                 parts, size = [], 0
-            if line.strip() != EOT:
+            if not separates:
                 parts.append(line)
                 size += len(line)
         yield "".join(parts)
@@ -559,11 +562,12 @@ def _write_store(path: Path, name: str, tokenizer: str, vocab_size: int, cache_d
     writers = {split: _Writer(path, split, encoding) for split in SPLITS}
     texts = iter(texts if name == "docstrings" else documents(name, cache_dir))
     with tqdm(desc="tokenize", unit="B", unit_scale=True) as done:
-        for chunk in _chunks(texts):
-            encoded = encoding.encode_ordinary_batch([text for _, text in chunk])
-            for (split, text), tokens in zip(chunk, encoded):
-                writers[split].add(text.encode(), tokens)
-                done.update(len(text.encode()))
+        for split, text in texts:
+            if text.strip():
+                raw = text.encode()
+                # one by one is faster than tiktoken's batches, which make lists
+                writers[split].add(raw, encoding.encode_to_numpy(text, disallowed_special=()))
+                done.update(len(raw))
     splits = {split: writer.close() for split, writer in writers.items()}
     meta = {"fingerprint": _digest(splits), "splits": splits}
     for split, counts in splits.items():
@@ -572,19 +576,6 @@ def _write_store(path: Path, name: str, tokenizer: str, vocab_size: int, cache_d
                              f"for {split}: give at least 40 lines of text, "
                              "or 20 documents of two sentences")
     (path / "meta.json").write_text(json.dumps(meta, indent=1))
-
-
-def _chunks(texts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    """Documents by the megabyte: enough for all cores to tokenize, little enough to hold."""
-    chunk, size = [], 0
-    for split, text in texts:
-        if text.strip():
-            chunk.append((split, text))
-            size += len(text)
-        if size >= 1 << 20:
-            yield chunk
-            chunk, size = [], 0
-    yield chunk
 
 
 def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
@@ -608,7 +599,7 @@ class _Writer:
         self.digest = {kind: hashlib.sha256() for kind in dtypes}
         self._write("sentences", [0])
         self._write("documents", [0])
-        self.add(b"", [])                            # the opening <|endoftext|>
+        self.add(b"", np.zeros(0, int))              # the opening <|endoftext|>
 
     def _write(self, kind, values):
         content = np.asarray(values).astype(self.dtypes[kind]).tobytes()
@@ -616,12 +607,12 @@ class _Writer:
         self.digest[kind].update(content)
         self.length[kind] += len(values)
 
-    def add(self, data: bytes, tokens: list[int]) -> None:
+    def add(self, data: bytes, tokens: np.ndarray) -> None:
         byte_ends = np.cumsum(token_bytes(self.tokenizer)[tokens])
         ends = np.searchsorted(byte_ends, boundaries(data))
         ends = np.unique(np.append(ends, len(tokens)))              # <|endoftext|> ends one, too
         self._write("sentences", self.length["tokens"] + ends + 1)
-        self._write("tokens", tokens + [self.tokenizer.eot_token])
+        self._write("tokens", np.append(tokens, self.tokenizer.eot_token))
         self._write("documents", [self.length["sentences"] - 1])
         self.bytes += len(data)
 
