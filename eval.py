@@ -443,8 +443,8 @@ def generate(run: Run, plan: str, prompt: str, n_tokens: int, temperature: float
     token, planned = given[0], None
     for i in range(len(given) + n_tokens):
         before = len(stream.sentences)
-        with run.autocast():
-            logits = stream.append(token)
+        # without autocast, which would convert all weights again for each token
+        logits = stream.append(token)
         last = i == len(given) + n_tokens - 1 or (i >= len(given) and token == eot)
         if len(stream.sentences) > before or last:
             ended = len(stream.sentences) > before
