@@ -267,17 +267,17 @@ POSITIONS = ((0, 1), (1, 2), (2, 4), (4, 8), (8, 16), (16, 1 << 30))
 
 def make_inside() -> None:
     seeds = [run["seed"] for run in load("claims")["runs"]]
-    found = {"command": "python results/run_all.py inside", "split": "val", "seeds": seeds,
+    found = {"command": "python results/run_all.py inside", "seeds": seeds,
              "positions": positions(seeds), "drift": drift(seeds), "labels": gaining(seeds[0]),
              "account": account(seeds), "generation": generation(seeds[0])}
     (ROOT / "results" / "inside.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def positions(seeds: list[int]) -> list[dict]:
-    """Nats a token against `none`, by the place in the sentence, and the share of tokens there."""
+    """Nats a test token against `none`, by its place in its sentence; the share of tokens."""
     rows = []
     for seed in seeds:
-        run, found = scores(folder("claims", seed), "val")
+        run, found = scores(folder("claims", seed), "test")
         corpus = run.opened
         at = np.arange(1, len(corpus.tokens))
         place = at - corpus.sentences[np.searchsorted(corpus.sentences, at, side="right") - 1]
@@ -310,9 +310,9 @@ def drift(seeds: list[int]) -> dict[str, list]:
 
 def gaining(seed: int, show: int = 4, least: int = 1000) -> list[dict]:
     """The labels whose sentences gain most and least from `soft`, in nats a token, among those with
-    at least `least` tokens of validation."""
-    run, found = scores(folder("claims", seed), "val")
-    _, labels = run.sentences(run.opened, "val")
+    at least `least` tokens."""
+    run, found = scores(folder("claims", seed), "test")
+    _, labels = run.sentences(run.opened, "test")
     at = np.arange(1, len(run.opened.tokens))
     sentence = np.searchsorted(run.opened.sentences, at, side="right") - 1
     finished = sentence < len(labels)
@@ -326,15 +326,13 @@ def gaining(seed: int, show: int = 4, least: int = 1000) -> list[dict]:
 
 
 def account(seeds: list[int]) -> dict[str, float]:
-    """DESIGN section 6 in nats a token: what the true label is worth, and what naming it costs."""
-    def one(seed):
-        plans, run = next((r["plans"], r) for r in load("claims")["runs"] if r["seed"] == seed)
-        per_token = run["sentences"] / run["tokens"]
-        return {"none": plans["none"]["nll"], "oracle": plans["oracle"]["nll"],
-                "naming": plans["hard"]["planner_ce"] * per_token, "tokens": 1 / per_token,
-                "soft": plans["soft"]["nll"]}
-    rows = [one(seed) for seed in seeds]
-    return {key: statistics.mean(row[key] for row in rows) for key in rows[0]}
+    """DESIGN section 6, in nats a test token: what the true label gives, what naming it costs."""
+    runs = [run for run in load("claims")["runs"] if run["seed"] in seeds]
+    mean = lambda plan, key: statistics.mean(run["test"][plan][key] for run in runs)
+    run, found = scores(folder("claims", seeds[0]), "test")
+    length = len(found["none"].nll) / run.opened.n_sentences
+    nats = {plan: mean(plan, "nll") for plan in ("none", "soft", "oracle")}
+    return nats | {"tokens": length, "naming": mean("hard", "planner_ce") / length}
 
 
 def generation(seed: int, n_documents: int = 100, given: int = 3, wanted: int = 5) -> dict:
