@@ -68,9 +68,10 @@ def _character_end(data: bytes, position: int) -> int:
     return position
 
 
-def boundaries(data: bytes) -> list[int]:
-    """Byte offsets just after each finished sentence of one document; data[:n] gives those <= n."""
-    ends, start = [], 0
+def boundaries(data: bytes, start: int = 0) -> list[int]:
+    """Byte offsets just after each finished sentence of one document, or each after the one that
+    ended at `start`; data[:n] gives those <= n."""
+    ends = []
     while start + MIN_BYTES <= len(data):
         soft, hard = start + SOFT_BYTES, start + HARD_BYTES
         match = STOP.search(data, start + MIN_BYTES - 1, soft) or SPACE.search(data, soft, hard)

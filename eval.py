@@ -367,6 +367,7 @@ class Stream:
         self.reach, self.view = reach, view
         self.tokens, self.sentences, self.documents = [], [0], [0]
         self.vectors = np.zeros((0, len(labeler.mean)), np.float32)
+        self.text, self.ended = bytearray(), 0       # the open document, its last sentence's end
         self.start, self.cache, self.row = 0, Cache(), None
         self.top = (0, math.nan)             # likeliest label of the open sentence, its probability
 
@@ -396,9 +397,13 @@ class Stream:
         return self.model.gpt(new, None, self.row, torch.zeros_like(new), self.cache)[0, -1]
 
     def _close_sentence(self) -> bool:
-        document = np.array(self.tokens[self.sentences[self.documents[-1]]:])
-        if not data.sentence_ends(document, self.tokenizer)[-1]:
-            return False
+        if self.tokens[-1] == self.tokenizer.eot_token:
+            self.text, self.ended = bytearray(), 0
+        else:
+            self.text += self.tokenizer.decode_single_token_bytes(self.tokens[-1])
+            if not (ends := data.boundaries(self.text, self.ended)):
+                return False
+            self.ended = ends[-1]
         begun = self.sentences[-1]
         vector = self.labeler.embed(np.array(self.tokens[begun:]), np.array([0]))
         self.vectors = np.concatenate([self.vectors, vector.cpu().numpy()])
