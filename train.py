@@ -14,6 +14,7 @@ Under `torchrun --nproc_per_node=N train.py ...` the same loop runs data-paralle
 processes (ranks) takes its share of every batch, the gradients are averaged, and rank 0 writes.
 """
 import contextlib
+import ctypes
 import dataclasses
 import json
 import math
@@ -686,7 +687,16 @@ def run(config: Config) -> dict:
     return results
 
 
+def keep_memory() -> None:
+    """Asks glibc to keep large blocks that are freed: to get them from the system again in each
+    step takes a twentieth of its time on a CPU. Where the C library is another, nothing."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        for option, size in ((-1, 1 << 30), (-3, 1 << 25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, size)
+
+
 def main(argv=None):
+    keep_memory()
     config = parse_config(argv)
     with evaluation.one_line_errors("train.py"):
         try:
