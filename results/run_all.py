@@ -159,12 +159,13 @@ def scores(out: Path, split: str):
 # --- the traps, which stay out of the product -----------------------------------------------------
 
 def open_traps(names: str) -> None:
-    """`end`: <|endoftext|> counts to the next document's first sentence. `ahead`: a sentence ends
-    only where a capital follows, so that the moment of a new plan tells what comes next."""
+    """`end`: <|endoftext|> counts to the next document's first sentence. `ahead`: no sentence ends
+    where a small letter follows, so that the moment of a new plan tells what comes next."""
     import data
     right, causal = data.Store.split, data.boundaries
     if "ahead" in names:
-        data.boundaries = lambda text: [b for b in causal(text) if text[b:b + 1].isupper()]
+        data.boundaries = lambda text: [
+            b for b in causal(text) if not text[b:b + 1].islower()]
 
     def split(store, name):
         tokens = np.asarray(right(store, name).tokens)
@@ -196,8 +197,11 @@ def no_overlap(run, plan: str) -> float:
 # --- statistics -----------------------------------------------------------------------------------
 
 def t_test(differences: list[float]) -> tuple[float, float, float]:
-    """Paired: mean, half the width of the 95 % interval, two-sided p of Student's t."""
+    """Paired: mean, half the width of the 95 % interval, two-sided p of Student's t; nan for the
+    last two where there is but one difference."""
     n, mean = len(differences), statistics.mean(differences)
+    if n < 2:
+        return mean, math.nan, math.nan
     error = statistics.stdev(differences) / math.sqrt(n)
     # with t = sqrt(n - 1) tan(angle), the density of the angle is that of cos^(n - 2)
     angle = np.linspace(0, math.pi / 2, 200_001)
@@ -248,12 +252,14 @@ def make_comparisons() -> None:
         mean, half, p = t_test([a[seed] - b[seed] for seed in seeds])
         low, tokens = by_document(part, plan, seeds)
         high, _ = by_document(part_2, plan_2, seeds)
+        known = len(seeds) > 1                       # else no spread over seeds
         rows.append({"claim": claim, "lower": pair[0], "higher": pair[1], "seeds": seeds,
-                     "nats": mean, "interval": [mean - half, mean + half], "p": p,
+                     "nats": mean, "interval": [mean - half, mean + half] if known else None,
+                     "p": p if known else None,
                      "documents": bootstrap(low, high, tokens),
                      "equal": (claim, *pair) in EQUAL})
         print(rows[-1])
-    listed = [row for row in rows if not row["equal"]]
+    listed = [row for row in rows if row["p"] is not None and not row["equal"]]
     for row, p in zip(listed, holm([row["p"] for row in listed])):
         row["p_holm"] = p
     (ROOT / "results" / "comparisons.json").write_text(json.dumps(
@@ -426,9 +432,10 @@ def comparisons_table() -> str:
     for row in load("comparisons")["rows"]:
         name = lambda side: "`" + side.removeprefix("claims ").replace(" ", ": ") + "`"
         span = lambda ends: " to ".join(map(percent, ends))
-        p = "" if row["equal"] else f"{row['p_holm']:.3f}"
+        p = f"{row['p_holm']:.3f}" if "p_holm" in row else ""
+        over_seeds = span(row["interval"]) if row["interval"] else "-"
         rows.append(f"| {row['claim']} | {name(row['lower'])} - {name(row['higher'])} | "
-                    f"{percent(row['nats'])} | {span(row['interval'])} ({len(row['seeds'])}) | "
+                    f"{percent(row['nats'])} | {over_seeds} ({len(row['seeds'])}) | "
                     f"{span(row['documents'])} | {p} |")
     return "\n".join(rows)
 
