@@ -3,7 +3,7 @@
     python results/run_all.py                    # every part: many hours on a laptop
     python results/run_all.py claims traps_end   # some
     python results/run_all.py claims --seed=3    # one seed of it
-    python results/run_all.py comparisons inside # made from the runs of the others
+    python results/run_all.py comparisons inside generation      # made from the runs of the others
     python results/run_all.py --table            # the README's tables, from the JSON files
 
 A part is some runs of train.py that differ in the seed alone. results/NAME.json holds its command,
@@ -275,8 +275,13 @@ def make_inside() -> None:
     seeds = [run["seed"] for run in load("claims")["runs"]]
     found = {"command": "python results/run_all.py inside", "seeds": seeds,
              "positions": positions(seeds), "drift": drift(seeds), "labels": gaining(seeds[0]),
-             "account": account(seeds), "generation": generation(seeds[0])}
+             "account": account(seeds)}
     (ROOT / "results" / "inside.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def make_generation() -> None:
+    found = {"command": "python results/run_all.py generation", "seed": 0, **generation(0)}
+    (ROOT / "results" / "generation.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def positions(seeds: list[int]) -> list[dict]:
@@ -511,7 +516,7 @@ def labels_table() -> str:
 
 
 def generation_table() -> str:
-    found = load("inside")["generation"]
+    found = load("generation")
     rows = ["| continuation by | distance to the true labels | nats a label under true bigrams |",
             "|---|---|---|"]
     for plan in ("none", "hard", "soft", "true"):
@@ -529,7 +534,7 @@ TABLES = {                                           # name: (function, the file
     "rates": (rates_table, ["claims", "rate_low", "rate_high"]),
     "wikipedia": (lambda: plans_table("wikipedia"), ["wikipedia"]),
     "positions": (positions_table, ["inside"]), "drift": (drift_table, ["inside"]),
-    "labels": (labels_table, ["inside"]), "generation": (generation_table, ["inside"]),
+    "labels": (labels_table, ["inside"]), "generation": (generation_table, ["generation"]),
 }
 
 
@@ -542,7 +547,7 @@ def tables() -> dict[str, str]:
 if __name__ == "__main__":
     names = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
     seeds = [int(argument[7:]) for argument in sys.argv if argument.startswith("--seed=")]
-    made = {"comparisons": make_comparisons, "inside": make_inside}
+    made = {"comparisons": make_comparisons, "inside": make_inside, "generation": make_generation}
     if "--table" in sys.argv:
         for name, text in tables().items():
             print(f"{name}\n{text}\n")
