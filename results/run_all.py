@@ -446,24 +446,26 @@ def comparisons_table() -> str:
 
 
 def traps_table() -> str:
+    rows = [("none", "claims", "test"), ("scored in windows without overlap", "claims", "overlap"),
+            ("and `<\\|endoftext\\|>` in the next document's first sentence", "traps_end",
+             "overlap"),
+            ("and a splitter that looks ahead", "traps_all", "overlap")]
+    rows = [row for row in rows if (ROOT / "results" / f"{row[1]}.json").exists()]
+    seeds = set.intersection(*({run["seed"] for run in load(name)["runs"]} for _, name, _ in rows))
+
     def change(name, plan, key):
         changes = []
         for run in load(name)["runs"]:
-            if run["seed"] in PARTS["traps_end"].seeds:
-                a, b = (run["no_overlap"][p] if key == "no_overlap" else run["test"][p]["nll"]
+            if run["seed"] in seeds:
+                a, b = (run["test"][p]["nll"] if key == "test" else run["no_overlap"][p]
                         for p in (plan, "none"))
                 changes.append(100 * math.expm1(a - b))
-        return f"{statistics.mean(changes):+.2f} % ({', '.join(f'{c:+.2f}' for c in changes)})"
-    rows = ["| traps left open | `hard` against `none` | `soft` against `none` |", "|---|---|---|"]
-    for text, name, key in (
-            ("none", "claims", "test"),
-            ("scored in windows without overlap", "claims", "no_overlap"),
-            ("and `<\\|endoftext\\|>` in the next document's first sentence", "traps_end",
-             "no_overlap"),
-            ("and a splitter that looks ahead", "traps_all", "no_overlap")):
-        if (ROOT / "results" / f"{name}.json").exists():
-            rows.append(f"| {text} | {change(name, 'hard', key)} | {change(name, 'soft', key)} |")
-    return "\n".join(rows)
+        each = f" ({', '.join(f'{c:+.2f}' for c in changes)})" if len(changes) > 1 else ""
+        return f"{statistics.mean(changes):+.2f} %{each}"
+    return "\n".join([
+        "| traps left open | `hard` against `none` | `soft` against `none` |", "|---|---|---|",
+        *(f"| {text} | {change(name, 'hard', key)} | {change(name, 'soft', key)} |"
+          for text, name, key in rows)])
 
 
 def rates_table() -> str:
@@ -500,7 +502,7 @@ def drift_table() -> str:
     steps = [line["step"] for line in curves["claims soft"]]
     rows = ["| label nats / top-1 / entropy after joint steps | "
             + " | ".join(map(str, steps)) + " |", "|---|" + "---|" * len(steps),
-            "| frozen planner (`hard`) |" + " |" * (len(steps) - 1) + f" {show(start)} |"]
+            f"| the frozen planner | {show(start)} |" + " |" * (len(steps) - 1)]
     for key, name in names.items():
         if curves.get(key):
             rows.append(f"| {name} | " + " | ".join(show(line) for line in curves[key]) + " |")
