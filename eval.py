@@ -202,7 +202,11 @@ def choose_device(name: str) -> torch.device:
     if not have.get(name.split(":")[0]):
         raise ValueError(f"device={name} is not available: this machine has "
                          f"{', '.join(d for d, available in have.items() if available)} (or auto)")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device={name}: choose auto, cuda, mps or cpu (or cuda:1 and so on)"
+                         ) from None
 
 
 def versions() -> dict[str, str]:

@@ -326,6 +326,7 @@ def test_the_readme_commands_run(corpus, tmp_path):
     (["--batch_size=0"], "batch_size=0: must be above 0"),
     (["--data=/no/such/file"], "data=/no/such/file does not exist"),
     (["--device=tpu"], "device=tpu is not available: this machine has"),
+    (["--device=cpu:x"], "device=cpu:x: choose auto, cuda, mps or cpu"),
     (["--n_labels=100000"], "n_labels=100000: the training split has but"),
     (["--block_size=100000"], "a window of 100000 is too long"),
 ])
