@@ -51,6 +51,9 @@ PARTS = {
                      (0,), "val", STAGES),
     "rate_high": Part("--plans=hard,straight_through,soft --joint_lr=4e-3 --joint_planner_lr=1e-3",
                       (0,), "val", STAGES),
+    # ... where hard and soft are best on validation, on fresh seeds; straight_through is at claims
+    "rate_best": Part("--plans=hard,soft --joint_lr=4e-3 --joint_planner_lr=1e-3", (1, 2),
+                      start=STAGES),
     # claim 5: three times the joint steps
     "longer": Part("--plans=none,hard,soft --joint_steps=2400", start=STAGES),
     # claim 6: the planner sees what the GPT sees; a window that covers most documents whole
