@@ -7,6 +7,7 @@ takes about half an hour.
 """
 import builtins
 import contextlib
+import importlib
 import io
 import json
 import math
@@ -33,8 +34,11 @@ import eval as evaluation
 import labels as labelling
 import train
 from data import EOT, Corpus
-from test_data import PLANES, draw_text, our_tokenizer
-from test_train import Harm, made_up_text, options, tensors
+
+test_data, test_train = map(importlib.import_module, ("test_data", "test_train"))   # our siblings
+PLANES, draw_text, our_tokenizer = test_data.PLANES, test_data.draw_text, test_data.our_tokenizer
+Harm, made_up_text = test_train.Harm, test_train.made_up_text
+options, tensors = test_train.options, test_train.tensors
 
 THOROUGH = os.environ.get("NANOPLAN_THOROUGH") == "1"
 PLANS = "none,soft"
