@@ -183,6 +183,16 @@ def bpe_tokenizer(ranks: dict[bytes, int]) -> tiktoken.Encoding:
                              special_tokens={EOT: len(ranks)})
 
 
+def encode(tokenizer: tiktoken.Encoding, text: str) -> np.ndarray:
+    """The tokens (n,) of a text. Raises ValueError where tiktoken can't cut it into words."""
+    try:
+        # one by one is faster than tiktoken's batches, which make lists
+        return tokenizer.encode_to_numpy(text, disallowed_special=())
+    except ValueError as error:                      # GPT-2's pattern, on half a million blanks
+        raise ValueError(f"tokenizer={tokenizer.name} fails on a text of {len(text):,} characters "
+                         f"({error}): take out its longest run of blanks") from None
+
+
 def save_tokenizer(path: Path, tokenizer: tiktoken.Encoding) -> None:
     """Writes what `load_tokenizer` reads: the name of a tokenizer of tiktoken's,
     or our ranks as hex."""
@@ -441,18 +451,26 @@ def download(url: str, size: int, sha256: str, folder: Path) -> Path:
 # --- store ----------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Makes of a failed write one line that says of which file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"could not write {path} ({error.strerror or error}): what was saved before "
+                      "is intact; make room and run again (train.py with --resume)") from None
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, which takes the place of `path` when that is done: a write that fails, or
     a process that is killed, leaves what was there. Raises OSError where the disk is full."""
     working = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        yield working
-        with open(working, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(working, path)
-    except OSError as error:
-        raise OSError(f"could not write {path} ({error.strerror or error}): what was saved before "
-                      "is intact; make room and run again (train.py with --resume)") from None
+        with writing(path):
+            yield working
+            with open(working, "r+b") as file:
+                os.fsync(file.fileno())
+            os.replace(working, path)
     finally:
         working.unlink(missing_ok=True)
 
@@ -484,7 +502,7 @@ class Corpus:
         tokens = [tokenizer.eot_token]
         for text in texts:
             if text.strip():
-                tokens += tokenizer.encode_ordinary(text) + [tokenizer.eot_token]
+                tokens += encode(tokenizer, text).tolist() + [tokenizer.eot_token]
         return cls.from_tokens(np.array(tokens), tokenizer)
 
     @property
@@ -566,8 +584,7 @@ def _write_store(path: Path, name: str, tokenizer: str, vocab_size: int, cache_d
         for split, text in texts:
             if text.strip():
                 raw = text.encode()
-                # one by one is faster than tiktoken's batches, which make lists
-                writers[split].add(raw, encoding.encode_to_numpy(text, disallowed_special=()))
+                writers[split].add(raw, encode(encoding, text))
                 done.update(len(raw))
     splits = {split: writer.close() for split, writer in writers.items()}
     meta = {"fingerprint": _digest(splits), "splits": splits}
@@ -604,7 +621,8 @@ class _Writer:
 
     def _write(self, kind, values):
         content = np.asarray(values).astype(self.dtypes[kind]).tobytes()
-        self.files[kind].write(content)
+        with writing(self.files[kind].name):
+            self.files[kind].write(content)
         self.digest[kind].update(content)
         self.length[kind] += len(values)
 
@@ -619,7 +637,8 @@ class _Writer:
 
     def close(self) -> dict:
         for file in self.files.values():
-            file.close()
+            with writing(file.name):                 # what is still in its buffer
+                file.close()
         return {"bytes": self.bytes, **{
             kind: {"dtype": self.dtypes[kind], "length": n, "sha256": self.digest[kind].hexdigest()}
             for kind, n in self.length.items()}}

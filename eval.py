@@ -560,7 +560,8 @@ def write_report(run: Run, path: Path, corpus: data.Corpus, results: dict) -> No
     content = json.loads(content, parse_constant=lambda name: None)             # JSON has no NaN
     content = json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     template = (Path(__file__).parent / "assets" / "report.html").read_text("utf-8")
-    path.write_text(template.replace("__REPORT_DATA__", content), "utf-8")
+    with data.replacing(path.resolve()) as working:  # a link stays one
+        working.write_text(template.replace("__REPORT_DATA__", content), "utf-8")
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -640,8 +641,10 @@ def main(argv=None):
             return score_file(run, args.plan, args.score)
         if args.prompt is not None:
             return print_generated(run, args)
-        if args.report:
-            args.report.open("a").close()        # where it can't be written, say so before the work
+        if args.report:                              # where it can't be written, say so first
+            if args.report.exists() and not args.report.is_file():
+                raise ValueError(f"report={args.report} is not a file: choose another name")
+            args.report.open("a").close()
         if args.text:
             if not args.text.is_file():
                 raise FileNotFoundError(f"text={args.text} is not a file")

@@ -345,7 +345,8 @@ class Job:
         """Adds a line to metrics.jsonl."""
         if self.rank:
             return
-        with open(self.out / "metrics.jsonl", "a") as file:
+        path = self.out / "metrics.jsonl"
+        with data.writing(path), open(path, "a") as file:
             file.write(json.dumps(entry) + "\n")
 
     def forget(self, name: str, step: int) -> None:

@@ -36,7 +36,8 @@ class Part:
     options: str                                     # of train.py
     seeds: tuple = (0, 1, 2)
     split: str = "test"                              # val: a choice, so test is not read
-    start: str = ""                                  # stages of `claims` that it starts from
+    start: str = ""                                  # stages that it starts from ...
+    base: str = "claims"                             # ... of this part
     traps: str = ""                                  # left open: see `open_traps`
 
 
@@ -58,7 +59,10 @@ PARTS = {
     "longer": Part("--plans=none,hard,soft --joint_steps=2400", start=STAGES),
     # claim 6: the planner sees what the GPT sees; a window that covers most documents whole
     "view": Part("--plans=soft --planner_view=window", start=STAGES),
-    "window": Part("--plans=none,hard,soft --block_size=256 --batch_size=8"),
+    "window": Part("--plans=none,hard,soft_frozen,soft --block_size=256 --batch_size=8",
+                   (0, 1, 2, 3, 4)),
+    "window_view": Part("--plans=soft --block_size=256 --batch_size=8 --planner_view=window",
+                        (0, 1, 2, 3, 4), start=STAGES, base="window"),
     # claim 7: what the traps are worth
     "traps_end": Part("--plans=none,hard,soft", start="lm joint_none", traps="end"),
     "traps_all": Part("--plans=none,hard,soft", start="lm joint_none", traps="end ahead"),
@@ -66,6 +70,10 @@ PARTS = {
     "label_loss": Part("--plans=soft --label_loss_weight=0.1", start=STAGES, split="val"),
     # another corpus
     "wikipedia": Part("--data=cache/wikipedia.jsonl --plans=" + ",".join(MAIN)),
+    "wikipedia_view": Part("--data=cache/wikipedia.jsonl --plans=soft --planner_view=window",
+                           start=STAGES, base="wikipedia"),
+    "wikipedia_window": Part("--data=cache/wikipedia.jsonl --plans=none,hard,soft_frozen,soft "
+                             "--block_size=256 --batch_size=8"),
     # another kind of sentence vectors
     "vectors_hidden": Part("--plans=soft --vectors=hidden", (0,), "val", "lm"),
 }
@@ -132,7 +140,7 @@ def run_one(name: str, seed: int) -> None:
         if part.start and not out.exists():          # train.py looks whether their options agree
             out.mkdir(parents=True)
             for file in [f"{stage}.pt" for stage in part.start.split()] + ["config.json"]:
-                shutil.copy(folder("claims", seed) / file, out / file)
+                shutil.copy(folder(part.base, seed) / file, out / file)
         train.main([*shlex.split(part.options), f"--seed={seed}", f"--out_dir={out}", "--resume"])
     result = json.loads((out / "results.json").read_text())
     if part.split == "test":

@@ -186,7 +186,7 @@ def test_the_command_writes_the_page(all_plans, capsys):
     assert "perplexity" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("where", ["missing/report.html", "."])
+@pytest.mark.parametrize("where", ["missing/report.html", ".", "/dev/null"])
 def test_a_path_that_can_not_be_written_is_one_line(all_plans, tmp_path, capsys, where):
     run, _ = all_plans
     with pytest.raises(SystemExit) as stopped:

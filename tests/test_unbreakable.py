@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -355,6 +356,17 @@ def test_a_full_disk_leaves_the_last_file_as_it_was(name, tmp_path):
         assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_full_disk_is_one_line_where_a_file_grows_as_well(tmp_path):
+    """metrics.jsonl, and the files of a store."""
+    with disk_of(100), pytest.raises(OSError, match=r"\Acould not write .+metrics.jsonl \(.+\Z"):
+        for step in range(50):
+            Job(tmp_path).log(stage="lm", step=step)
+    (tmp_path / "a.txt").write_text("A sentence of some words, and more. \n" * 10_000)
+    with disk_of(100_000), pytest.raises(OSError, match=r"\Acould not write .+train\.\w+ \(.+\Z"):
+        data.prepare(str(tmp_path / "a.txt"), "bpe", 300, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
 # --- two runs in one folder -----------------------------------------------------------------------
 
 def test_a_second_run_in_an_out_dir_is_refused_until_the_first_has_ended(
@@ -623,6 +635,16 @@ def test_a_word_without_end_takes_time_in_proportion(character, tmp_path):
     (tmp_path / "a.txt").write_text(character * (size // len(character.encode())), newline="")
     with within(120 if THOROUGH else 10):
         assert holds_text(tmp_path / "a.txt", 0)
+
+
+def test_a_text_that_the_tokenizer_gives_up_on_is_one_line():
+    """GPT-2's pattern looks ahead for the end of a run of blanks, and keeps track of each."""
+    ranks = {bytes([b]): b for b in range(256)}
+    tokenizer = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+(?!\S)|\s+", mergeable_ranks=ranks,
+                                  special_tokens={EOT: 256})
+    assert data.encode(tokenizer, "a  b").tolist() == [*b"a  b"]
+    with pytest.raises(ValueError, match=r"\Atokenizer=gpt2 fails on a text of 1,000,001 chara.*\Z"):
+        Corpus.from_texts([" \n" * 500_000 + "x"], tokenizer)
 
 
 def odd_run(path: Path, out: Path, capsys) -> bool:
