@@ -89,9 +89,9 @@ def load_labeler(saved: dict) -> labelling.Labeler:
 
 
 def differences(saved: dict, config: dict) -> str:
-    """The options that a checkpoint was made with, where config.json has others."""
-    return ", ".join(f"{option}={value}" for option, value in saved["depends"].items()
-                     if config.get(option) != value)
+    """What a checkpoint was made with, where config.json, or labels.pt, is another."""
+    return ", ".join(f"{name}={value}" for name, value in saved["depends"].items()
+                     if config.get(name) != value and name not in ("lm.pt", "planner.pt"))
 
 
 @dataclass
@@ -117,6 +117,7 @@ class Run:
             raise ValueError(f"{out_dir / 'config.json'} is damaged: "
                              "run train.py with --resume") from None
         saved = cls.load(out_dir / "labels.pt", config)
+        config["labels.pt"] = saved.get("id")
         return cls(out_dir, where, config, data.load_tokenizer(out_dir / "tokenizer.json"),
                    load_labeler(saved).to(where), saved)
 
@@ -255,7 +256,7 @@ def score(model: PlannedGPT, corpus: data.Corpus, vectors: np.ndarray, labels: n
             nll, logits = model(batch, reduction="none")
         target = at[:, None] + 1 + np.arange(T)                # (B, T) which token each one scores
         new = ((np.arange(T) >= T - stride) | (at[:, None] == 0)) & (target < n)
-        found.nll[target[new] - 1] = nll.double().cpu().numpy()[new]
+        found.nll[target[new] - 1] = nll.cpu().double().numpy()[new]
         if model.planner is not None:
             _score_labels(found, corpus, batch, logits, target, new)
     model.train(training)
@@ -268,16 +269,19 @@ def _score_labels(found: Scores, corpus, batch, logits, target, new) -> None:
     opens = new & (begun == target)
     sentence = np.searchsorted(corpus.sentences, target[opens])
     row, slot = np.nonzero(opens)[0], batch.sentence_id.cpu().numpy()[opens]
-    log_probs = logits[row, slot].double().log_softmax(-1)                              # (n, K)
-    label = batch.labels[row, slot].clamp(min=0)
-    true = log_probs.gather(1, label[:, None])
+    log_probs = logits[row, slot].cpu().double().log_softmax(-1)                        # (n, K)
+    labels = batch.labels.cpu()[row, slot]
+    label = labels.clamp(min=0)[:, None]
+    true = log_probs.gather(1, label)
+    # of equal ones the first is before the others, as argmax has it
+    before = (log_probs > true) | ((log_probs == true) & (torch.arange(len(log_probs.T)) < label))
     top = log_probs.topk(min(3, log_probs.shape[1]))
-    known = batch.labels[row, slot] >= 0         # the last sentence of a text may not be finished
-    found.ce[sentence] = torch.where(known, -true[:, 0], torch.nan).cpu()
-    found.rank[sentence] = torch.where(known, (log_probs > true).sum(1).double(), torch.nan).cpu()
-    found.entropy[sentence] = -(log_probs.exp() * log_probs).sum(1).cpu()
-    found.top[sentence, :top.indices.shape[1]] = top.indices.cpu()
-    found.prob[sentence, :top.indices.shape[1]] = top.values.exp().cpu()
+    known = labels >= 0                          # the last sentence of a text may not be finished
+    found.ce[sentence] = torch.where(known, -true[:, 0], torch.nan)
+    found.rank[sentence] = torch.where(known, before.sum(1).double(), torch.nan)
+    found.entropy[sentence] = -(log_probs.exp() * log_probs).sum(1)
+    found.top[sentence, :top.indices.shape[1]] = top.indices
+    found.prob[sentence, :top.indices.shape[1]] = top.values.exp()
 
 
 def summary(found: Scores, n_bytes: int) -> dict:
@@ -419,12 +423,8 @@ class Stream:
     def _window(self) -> data.Batch:
         corpus = data.Corpus(np.array(self.tokens), np.array(self.sentences),
                              np.array(self.documents))
-        vectors = self.vectors if len(self.vectors) else (
-            np.zeros((1, len(self.labeler.mean)), np.float32))
-        # `oracle` can't generate: nobody knows its labels
-        labels = np.zeros(len(vectors), np.int64)
         return data.window_batch(corpus, np.array([self.start]), len(self.tokens) - self.start,
-                                 vectors, labels, self.reach, self.view)
+                                 self.vectors, None, self.reach, self.view)
 
 
 def sample(logits: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
@@ -499,7 +499,7 @@ def report_data(run: Run, corpus: data.Corpus, results: dict) -> dict:
         sample = {"plan": writers[-1], "sentences": list(
             generate(run, writers[-1], prompt, 160, temperature=0.8, top_k=50, seed=0))}
     options = {name: value for name, value in c.items()
-               if name not in ("cache_dir", "out_dir", "versions")}
+               if name not in ("cache_dir", "out_dir", "versions", "labels.pt")}
     return {"results": results, "config": options | {"data": Path(c["data"]).name},
             **label_map(run), "curves": read_curves(run.out_dir / "metrics.jsonl"),
             "documents": documents, "sample": sample}

@@ -31,6 +31,7 @@ from data import Corpus, replacing
 SIF_A = 1e-3
 CHUNK = 4096                                         # sentences embedded at a time
 MINI_BATCH_ABOVE = 1 << 18                           # k-means: vectors
+VECTORS = ("sif", "hidden")                          # what --vectors can be
 
 
 # --- vectors --------------------------------------------------------------------------------------
@@ -82,17 +83,21 @@ class Labeler(nn.Module):
 
     def fingerprint(self) -> str:
         """A hash of everything that the vectors depend on."""
-        digest = hashlib.sha256()
-        for name, value in self.state_dict().items():
-            if name == "centroids":
-                continue
-            digest.update(value.cpu().numpy().tobytes())
-        return digest.hexdigest()[:12]
+        return digest({name: value for name, value in self.state_dict().items()
+                       if name != "centroids"})
+
+
+def digest(state: dict[str, torch.Tensor]) -> str:
+    """A hash of a module's content."""
+    found = hashlib.sha256()
+    for value in state.values():
+        found.update(value.cpu().numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
 def fit_vectors(kind: str, gpt: nn.Module, corpus: Corpus, vocab_size: int) -> Labeler:
-    """A Labeler without centroids, its statistics from (at most 50,000 sentences of)
-    the training split."""
+    """A Labeler without centroids, its statistics from the training split: token counts from all
+    of it, the mean from 50,000 to 100,000 of its sentences, where it has so many."""
     table = None
     device = gpt.wte.weight.device
     if kind == "sif":
@@ -106,8 +111,8 @@ def fit_vectors(kind: str, gpt: nn.Module, corpus: Corpus, vocab_size: int) -> L
     with torch.no_grad():
         chunks = range(0, corpus.n_sentences, CHUNK)
         chunks = chunks[::max(1, len(chunks) * CHUNK // 50_000)]
-        sample = torch.cat([labeler.raw(*_sentences(corpus, i, device)) for i in chunks]).double()
-        labeler.mean = sample.mean(0).float()
+        sample = torch.cat([labeler.raw(*_sentences(corpus, i, device)) for i in chunks]).cpu()
+        labeler.mean = sample.double().mean(0).float().to(device)
     return labeler
 
 
@@ -319,13 +324,19 @@ def transitions(labels: np.ndarray, corpus: Corpus, k: int) -> torch.Tensor:
     return torch.from_numpy(counts).view(k + 1, k)
 
 
+def label_frequencies(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Transitions (K + 1, K) -> probabilities of a label, (K,), and of a label after the one
+    before it, (K + 1, K)."""
+    unigram = (counts.sum(0).double() + 1) / (counts.sum() + counts.shape[1])
+    # each context is smoothed towards the unigram with the weight of 16 sentences
+    return unigram, (counts.double() + 16 * unigram) / (counts.sum(1, keepdim=True) + 16)
+
+
 def baselines(counts: torch.Tensor, labels: np.ndarray, corpus: Corpus) -> dict[str, float]:
     """Cross-entropy in nats of the label unigram and of the label bigram, both counted on the
     training split, on the sentences of a corpus: what a planner must beat."""
     k = counts.shape[1]
-    unigram = (counts.sum(0).double() + 1) / (counts.sum() + k)                         # (K,)
-    # each context is smoothed towards the unigram with the weight of 16 sentences
-    bigram = (counts.double() + 16 * unigram) / (counts.sum(1, keepdim=True) + 16)      # (K + 1, K)
+    unigram, bigram = label_frequencies(counts)
     return {"unigram_ce": -float(unigram[labels].log().mean()),
             "bigram_ce": -float(bigram[_before(labels, corpus, k), labels].log().mean())}
 

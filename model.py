@@ -20,7 +20,7 @@ import torch.nn.functional as F
 PLANS = ("none", "fixed", "uniform", "hard", "straight_through", "gumbel",
          "soft_frozen", "soft", "oracle")
 END_TO_END = ("straight_through", "gumbel", "soft")          # the LM loss reaches the planner
-USES_PLANNER = ("hard", "soft_frozen", *END_TO_END)
+USES_PLANNER = tuple(p for p in PLANS if p not in ("none", "fixed", "uniform", "oracle"))
 
 
 def mix_labels(logits: torch.Tensor, label_emb: torch.Tensor, plan: str,
@@ -38,7 +38,7 @@ def mix_labels(logits: torch.Tensor, label_emb: torch.Tensor, plan: str,
     probs = logits.softmax(-1)                                              # (B, S, K)
     weights = {
         "fixed": lambda: one_hot(torch.zeros_like(logits[..., 0], dtype=torch.long)),
-        "uniform": lambda: torch.full_like(probs, 1 / K).detach(),
+        "uniform": lambda: torch.full_like(probs, 1 / K),
         "hard": lambda: one_hot(logits.argmax(-1)),
         # the value is exactly one_hot, for the bracket is exactly zero;
         # the gradient is that of probs
@@ -148,7 +148,7 @@ def chunk(weight: torch.Tensor) -> int:
 
 
 class MeanCrossEntropy(torch.autograd.Function):
-    """The mean of F.cross_entropy(F.linear(x, weight), targets, ignore_index=-1),
+    """The mean of F.cross_entropy(F.linear(x, weight[:vocab_size]), targets, ignore_index=-1),
     a few rows at a time.
 
     x (n, C), weight (V, C), targets (n,) -> a scalar, nats. The gradient is worked out
@@ -157,7 +157,7 @@ class MeanCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets):
+    def forward(ctx, x, weight, targets, vocab_size):
         device, dtype = x.device.type, weight.dtype
         if torch.is_autocast_enabled(device):        # products in its type, as F.linear's would be
             dtype = torch.get_autocast_dtype(device)
@@ -167,8 +167,10 @@ class MeanCrossEntropy(torch.autograd.Function):
         size = chunk(weight)
         for i in range(0, len(x), size):
             rows = slice(i, i + size)
-            probs = (x[rows] @ w.T).softmax(-1, dtype=weight.dtype)             # (rows, V)
-            likely = probs.gather(1, targets[rows])[:, 0].clamp(min=1e-38)      # log(0) never
+            logits = x[rows] @ w.T                                              # (rows, V)
+            logits[:, vocab_size:] = -math.inf       # rows that pad the matrix are no tokens
+            probs = logits.softmax(-1, dtype=weight.dtype)
+            likely = probs.gather(1, targets[rows])[:, 0].clamp(min=1e-37)      # log(0) never
             total -= (likely.log() * counted[rows]).sum()
             probs.scatter_add_(1, targets[rows], probs.new_full((len(probs), 1), -1.0))
             g = (probs * counted[rows, None]).to(dtype)
@@ -180,7 +182,7 @@ class MeanCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad, grad_w * grad, None
+        return grad_x * grad, grad_w * grad, None, None
 
 
 class GPT(nn.Module):
@@ -227,9 +229,10 @@ class GPT(nn.Module):
         if targets is None:
             return F.linear(x, self.wte.weight)[..., :self.vocab_size]  # (B, T, V), tied weights
         if reduction == "mean":
-            return MeanCrossEntropy.apply(x.flatten(0, 1), self.wte.weight, targets.flatten())
-        weight, size = self.wte.weight, chunk(self.wte.weight)
+            return MeanCrossEntropy.apply(x.flatten(0, 1), self.wte.weight, targets.flatten(),
+                                          self.vocab_size)
+        size = chunk(self.wte.weight)
         parts = zip(x.flatten(0, 1).split(size), targets.flatten().split(size))
-        loss = [F.cross_entropy(F.linear(part, weight), target, ignore_index=-1, reduction="none")
-                for part, target in parts]
+        loss = [F.cross_entropy(F.linear(part, self.wte.weight)[:, :self.vocab_size], target,
+                                ignore_index=-1, reduction="none") for part, target in parts]
         return torch.cat(loss).view_as(targets)

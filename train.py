@@ -109,7 +109,7 @@ class Config:
     def check(self) -> None:
         """Raises ValueError for a value, or a combination, that can't be."""
         choices = {"tokenizer": ("bpe", "gpt2"), "dtype": ("auto", "bfloat16", "float32"),
-                   "preset": tuple(PRESETS), "vectors": ("sif", "hidden"),
+                   "preset": tuple(PRESETS), "vectors": labelling.VECTORS,
                    "planner_view": ("document", "window")}
         for name, allowed in choices.items():
             if (given := getattr(self, name)) not in allowed:
@@ -182,8 +182,20 @@ def boolean(text: str) -> bool:
     return text.lower() in ("true", "1")
 
 
+def saved_options(out_dir: Path) -> dict:
+    """The options in an out_dir's config.json, but for where it lies; none where that is damaged,
+    for it will be written anew."""
+    try:
+        saved = json.loads((out_dir / "config.json").read_text())
+        return {f.name: saved[f.name] for f in dataclasses.fields(Config)
+                if f.name not in ("out_dir", "resume") and type(saved.get(f.name)) is f.type}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
 def parse_config(argv=None) -> Config:
-    """The command line over the preset over the defaults."""
+    """The command line over the preset over the defaults; with --resume over what the run in
+    out_dir was started with, so that a forgotten option does not undo its stages."""
     parser = evaluation.Parser(prog="train.py", description=__doc__)
     for f in dataclasses.fields(Config):
         kind = boolean if f.type is bool else f.type
@@ -194,7 +206,9 @@ def parse_config(argv=None) -> Config:
     preset = given.get("preset", Config.preset)
     if preset not in PRESETS:
         parser.error(f"preset={preset}: choose {' or '.join(PRESETS)}")
-    config = Config(**(PRESETS[preset] | given))
+    out_dir = Path(given.get("out_dir", Config.out_dir))
+    before = saved_options(out_dir) if given.get("resume") else {}
+    config = Config(**(before | PRESETS[preset] | given))
     try:
         config.check()
     except ValueError as error:
@@ -250,7 +264,7 @@ class Job:
                              f"{self.train.n_sentences} sentences; ask for fewer labels, or give "
                              "more text")
         data.batch_starts(len(self.train.tokens), config.block_size, 1, (0,), 0)    # does it fit?
-        self.stop, self.known = False, {}
+        self.stop, self.known, self.ids = False, {}, {}
 
     def _join(self) -> None:
         """Joins the other processes that torchrun started."""
@@ -308,13 +322,16 @@ class Job:
         return before if before in ("bfloat16", "float32") else faster_dtype(self.device)
 
     def depends(self, name: str) -> dict:
-        """The options that a stage's result depends on, with their values."""
+        """What a stage's result depends on: options with their values, and the content of the
+        stages before it."""
         stages = list(STAGE_OPTIONS)
         needs = stages[:stages.index(name.split("_")[0]) + 1]
         if name == "joint_none":                     # the plain GPT knows no labels, no planner
             needs = ["lm", "joint"]
-        return {option: self.options[option] for stage in needs
-                for option in STAGE_OPTIONS[stage].split()}
+        options = {option: self.options[option] for stage in needs
+                   for option in STAGE_OPTIONS[stage].split()}
+        return options | {f"{stage}.pt": self.ids[stage] for stage in needs
+                          if stage != name and stage in self.ids}
 
     def load(self, name: str) -> dict | None:
         """The checkpoint `name`, or None where there is none or its options changed."""
@@ -328,6 +345,8 @@ class Job:
         if changed:
             print(f"{name}: done anew, for {'; '.join(changed)}")
             return None
+        if saved["done"]:
+            self.ids[name] = saved.get("id")         # the first runs' files have none
         done = "finished before, reused" if saved["done"] else f"goes on at step {saved['step']}"
         print(f"{name}: {done}")
         return saved
@@ -502,11 +521,14 @@ def fit(job: Job, stage: Stage, saved: dict | None) -> None:
             bar.set_postfix_str(f"loss {entry['loss']:.3f}, {speed:,.0f} {unit}/s{note}")
         if (step + 1) % config.eval_every == 0 or last:
             job.log(stage=name, step=step + 1, **stage.validate())
-            begun = time.perf_counter()
+            tokens, begun = 0, time.perf_counter()   # the speed is that of training alone
+        if last:
+            job.ids[name] = labelling.digest(model.state_dict())
         saving = last or stop or (step + 1) % config.save_every == 0
         if saving and job.rank == 0:
             save_checkpoint(job.out / f"{name}.pt", {
-                "depends": job.depends(name), "step": step + 1, "done": last, "skipped": skipped,
+                "depends": job.depends(name), "id": job.ids.get(name), "step": step + 1,
+                "done": last, "skipped": skipped,
                 "model": model.state_dict(), **stage.args,
                 "optimizer": None if last else optimizer.state_dict()})
         if stop:
@@ -519,6 +541,9 @@ def fit(job: Job, stage: Stage, saved: dict | None) -> None:
 
 # --- the stages -----------------------------------------------------------------------------------
 
+STREAMS = {"lm": 0, "planner": 1, "joint": 2}        # of batches: each stage draws its own
+
+
 def train_lm(job: Job) -> tuple[GPT, dict]:
     """Stage lm: a GPT without plans, and how to build it again."""
     c = job.config
@@ -527,7 +552,7 @@ def train_lm(job: Job) -> tuple[GPT, dict]:
     model = PlannedGPT(GPT(**args), None, "none").to(job.device)
     fit(job, Stage(
         "lm", model, [(model, c.lm_lr)], c.lm_steps,
-        batches=lambda step: window_batches(job, step, 0),
+        batches=lambda step: window_batches(job, step, "lm"),
         losses=lambda run, batch, noise: {"loss": run(batch)[0]},
         validate=lambda: validate_lm(job, model), args={"gpt_args": args}), job.load("lm"))
     return model.gpt, args
@@ -540,15 +565,20 @@ def make_labels(job: Job, gpt: GPT, gpt_args: dict) -> labelling.Labeler:
         return evaluation.load_labeler(saved).to(job.device)
     labeler = labelling.fit_vectors(c.vectors, gpt, job.train, job.store.tokenizer.n_vocab)
     vectors, _ = job.sentences("train", labeler)
+    # k-means sums in float64, which mps has not
     labeler.centroids, labels, inertia = labelling.kmeans(
-        vectors, c.n_labels, c.seed, c.kmeans_iters, device=job.device)
+        vectors, c.n_labels, c.seed, c.kmeans_iters,
+        device="cpu" if job.device.type == "mps" else job.device)
+    labeler.to(job.device)
     labels = labels.cpu().numpy()
     job.known.clear()                                # that was without labels
     print(f"labels: k-means of {len(vectors):,} sentences into {c.n_labels}, inertia {inertia:.0f}")
     described = labelling.describe(labeler, job.train, vectors, labels, job.store.tokenizer)
+    job.ids["labels"] = labelling.digest(labeler.state_dict())
     save_checkpoint(job.out / "labels.pt", {
-        "depends": job.depends("labels"), "done": True, "labeler": labeler.state_dict(),
-        "gpt_args": gpt_args if c.vectors == "hidden" else None, "inertia": inertia,
+        "depends": job.depends("labels"), "id": job.ids["labels"], "done": True,
+        "labeler": labeler.state_dict(),
+        "gpt_args": gpt_args if labeler.gpt else None, "inertia": inertia,
         "transitions": labelling.transitions(labels, job.train, c.n_labels),
         "descriptions": described})
     return labeler
@@ -565,7 +595,8 @@ def train_planner(job: Job, labeler: labelling.Labeler) -> None:
     vectors, labels = job.sentences("train", labeler)
 
     def batches(step):
-        starts = data.batch_starts(job.train.n_sentences, width, c.planner_batch, (c.seed, 1), step)
+        starts = data.batch_starts(job.train.n_sentences, width, c.planner_batch,
+                                   (c.seed, STREAMS["planner"]), step)
         rows = starts[job.rank::job.world]
         return [data.sentence_batch(job.train, rows, width, vectors, labels)]
 
@@ -606,7 +637,7 @@ def train_joint(job: Job, plan: str, labeler: labelling.Labeler) -> None:
                 "lm_loss": lm_loss, "label_loss": label}
 
     fit(job, Stage(f"joint_{plan}", model, parts, c.joint_steps,
-                   lambda step: window_batches(job, step, 2, vectors, labels), losses,
+                   lambda step: window_batches(job, step, "joint", vectors, labels), losses,
                    lambda: validate_lm(job, model, labeler), args), saved)
 
 
@@ -620,12 +651,12 @@ def initial_label_emb(centroids: torch.Tensor, n_embd: int) -> torch.Tensor:
     return centroids @ projection / n_embd ** 0.5
 
 
-def window_batches(job: Job, step: int, purpose: int, vectors=None, labels=None):
-    """The micro-batches of a step, or this rank's share of them: a function of the seed, the
-    stage's purpose and the step."""
+def window_batches(job: Job, step: int, stage: str, vectors=None, labels=None):
+    """The micro-batches of a step, or this rank's share of them: a function of the seed, the stage
+    and the step; the same for all plans."""
     c = job.config
     starts = data.batch_starts(len(job.train.tokens), c.block_size, c.batch_size * c.grad_accum,
-                               (c.seed, purpose), step)
+                               (c.seed, STREAMS[stage]), step)
     return [data.window_batch(job.train, rows, c.block_size, vectors, labels, c.planner_reach,
                               c.planner_view)
             for rows in starts[job.rank::job.world].reshape(c.grad_accum, -1)]

@@ -435,13 +435,22 @@ def test_a_token_gets_the_row_of_its_own_window_and_sentence():
 @pytest.mark.parametrize("n_vocab", [1 << 18, 7])    # chunks of two rows, one chunk
 def test_mean_cross_entropy_is_that_of_torch_with_its_gradients(n_vocab):
     x, weight = draw(10, 3).requires_grad_(), draw(n_vocab, 3, seed=1).requires_grad_()
-    targets = torch.from_numpy(np.random.default_rng(0).integers(n_vocab, size=10))
+    targets = torch.from_numpy(np.random.default_rng(0).integers(n_vocab - 2, size=10))
     targets[[0, 5, 9]] = -1
-    found = MeanCrossEntropy.apply(x, weight, targets)
-    expected = F.cross_entropy(F.linear(x, weight), targets, ignore_index=-1)
+    found = MeanCrossEntropy.apply(x, weight, targets, n_vocab - 2)      # two rows are padding
+    expected = F.cross_entropy(F.linear(x, weight[:-2]), targets, ignore_index=-1)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     for a, b in zip(*(torch.autograd.grad(3 * loss, [x, weight]) for loss in (found, expected))):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-14)
+
+
+def test_the_loss_is_over_the_tokens_that_there_are():
+    """257 tokens, in a matrix of 320 rows."""
+    gpt = GPT(257, 8, 1, 2, 8).double()
+    tokens = torch.arange(16).view(2, 8)
+    expected = -gpt(tokens).log_softmax(-1).gather(2, tokens[..., None])[..., 0]
+    torch.testing.assert_close(gpt(tokens, tokens, reduction="none"), expected)
+    torch.testing.assert_close(gpt(tokens, tokens), expected.mean())
 
 
 def test_both_uses_of_the_tied_embedding_have_their_gradient():

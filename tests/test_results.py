@@ -12,6 +12,8 @@ SPEC = importlib.util.spec_from_file_location("run_all", ROOT / "results" / "run
 run_all = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(run_all)
 
+import data
+
 README = (ROOT / "README.md").read_text()
 MADE = [name for name in run_all.PARTS if (ROOT / "results" / f"{name}.json").exists()]
 
@@ -24,8 +26,8 @@ def test_the_readme_shows_the_table_of_the_results(name):
 @pytest.mark.parametrize("name", MADE)
 def test_results_say_how_they_were_made(name):
     part, plan = run_all.load(name), run_all.PARTS[name]
-    assert {"command", "machine", "versions", "runs"} <= part.keys() and part["split"] == plan.split
-    assert plan.options in part["command"]
+    assert {"command", "commit", "machine", "versions", "runs"} <= part.keys()
+    assert part["split"] == plan.split and part["options"] == plan.options
     seeds = [run["seed"] for run in part["runs"]]
     assert seeds and set(seeds) <= set(plan.seeds) and len(seeds) == len(set(seeds))
     assert len({run["data"] for run in part["runs"]}) == 1      # all of one corpus
@@ -33,8 +35,11 @@ def test_results_say_how_they_were_made(name):
 
 def test_comparisons_follow_from_the_runs():
     rows = run_all.load("comparisons")["rows"]
-    assert [row["claim"] for row in rows if not row["equal"]] == [
-        claim for claim, *pair in run_all.COMPARISONS if all(x.split()[0] in MADE for x in pair)]
+    listed = run_all.COMPARISONS + run_all.EQUAL + run_all.LATER
+    assert [row["claim"] for row in rows] == [
+        claim for claim, *pair in listed if all(x.split()[0] in MADE for x in pair)]
+    assert [row["claim"] for row in rows if "p_holm" in row] == [
+        row["claim"] for row in rows[:len(run_all.COMPARISONS)] if row["p"] is not None]
     for row in rows:
         a, b = (run_all.nll(*row[side].split()) for side in ("lower", "higher"))
         mean, half, p = run_all.t_test([a[seed] - b[seed] for seed in row["seeds"]])
@@ -42,6 +47,23 @@ def test_comparisons_follow_from_the_runs():
         if len(row["seeds"]) > 1:
             assert [*row["interval"], row["p"]] == pytest.approx(
                 [mean - half, mean + half, p], rel=1e-6, abs=1e-12)
+
+
+def test_an_open_trap_is_in_what_is_read_and_not_in_the_store(tmp_path, monkeypatch):
+    documents = [f"A sentence number {i} that is long enough. then one in small letters. A third "
+                 "one, to end it all.\n" for i in range(60)]
+    (tmp_path / "a.txt").write_text(f"\n{data.EOT}\n".join(documents))
+    prepare = lambda: data.prepare(str(tmp_path / "a.txt"), "bpe", 300, tmp_path)
+    monkeypatch.setattr(data.Store, "split", split := data.Store.split)      # is put back
+    run_all.open_traps("end ahead")
+    store = prepare()
+    right, open_ = split(store, "train"), store.split("train")
+    text = lambda corpus, j: store.tokenizer.decode(
+        corpus.tokens[corpus.sentences[j]:corpus.sentences[j + 1]].tolist())
+    assert any(text(right, j).startswith("then") for j in range(right.n_sentences))
+    assert not any(text(open_, j).startswith("then") for j in range(open_.n_sentences))
+    assert text(open_, int(open_.documents[1])).startswith(f"{data.EOT}A sentence")
+    assert text(right, int(right.documents[1])).startswith("A sentence")
 
 
 def test_t_test_is_students():

@@ -2,6 +2,7 @@
 best possible score is known. Runs are made in this process where they can be, and by the real
 command where that matters.
 """
+import dataclasses
 import json
 import math
 import os
@@ -16,9 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import data
 import eval as evaluation
+import labels as labelling
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -125,6 +128,46 @@ def test_finished_stages_are_reused_and_changed_ones_named(corpus, tmp_path, cap
     assert "lm: finished before, reused" in printed
     assert "joint_none: finished before, reused" in printed
     assert (out / "lm.pt").stat().st_mtime_ns == before["lm.pt"]
+
+
+def test_stages_after_one_of_other_content_are_done_anew(corpus, trained, tmp_path, capsys):
+    """The options are equal, but the labels are others: made on another machine, say."""
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    saved = evaluation.load_checkpoint(out / "labels.pt")
+    before, centroids = saved["id"], saved["labeler"]["centroids"]
+    assert before == labelling.digest(evaluation.load_labeler(saved).state_dict())
+    train.save_checkpoint(out / "labels.pt", saved | {
+        "labeler": saved["labeler"] | {"centroids": centroids.flip(0)}, "id": "another"})
+    assert evaluation.Run.open(out, "cpu").plans == ["none"]
+    assert f"joint_soft: passed over, was made with labels.pt={before}" in capsys.readouterr().out
+    run(corpus, out, plans="none,soft", resume=True)
+    printed = capsys.readouterr().out
+    assert f"planner: done anew, for labels.pt was {before}, is another" in printed
+    assert "joint_soft: done anew" in printed and "joint_none: finished before, reused" in printed
+
+
+def test_resume_takes_what_is_not_given_from_the_run(corpus, trained, tmp_path):
+    before = train.parse_config(options(corpus, trained, plans="all"))
+    bare = [f"--out_dir={trained}", "--resume"]
+    assert train.parse_config(bare) == dataclasses.replace(before, resume=True)
+    assert train.parse_config([*bare, "--lm_steps=7"]) == dataclasses.replace(
+        before, resume=True, lm_steps=7)
+    assert train.parse_config([f"--out_dir={trained}"]) == train.Config(out_dir=str(trained))
+    for content in ("", "[]", '{"lm_steps": "7", "data": 1}'):      # damaged, and so not followed
+        (tmp_path / "config.json").write_text(content)
+        assert train.parse_config([f"--out_dir={tmp_path}", "--resume"]) == train.Config(
+            out_dir=str(tmp_path), resume=True)
+
+
+def test_a_labeler_of_ones_own(corpus, tmp_path, monkeypatch):
+    """As the README says: a name in VECTORS, and vectors from Labeler.raw."""
+    monkeypatch.setattr(labelling, "VECTORS", (*labelling.VECTORS, "mine"))
+    monkeypatch.setattr(labelling.Labeler, "raw", lambda self, tokens, offsets: F.embedding_bag(
+        tokens, self.gpt.wte.weight, offsets, mode="max"))
+    results = run(corpus, tmp_path / "out", plans="soft", vectors="mine")
+    opened = evaluation.Run.open(tmp_path / "out", "cpu")
+    assert evaluation.evaluate(opened, opened.corpus("val"), opened.bytes, "val") == results
 
 
 def test_an_out_dir_with_stages_is_refused_without_resume(corpus, trained):
