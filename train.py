@@ -734,8 +734,8 @@ def main(argv=None):
         try:
             run(config)
         except KeyboardInterrupt:
-            print("train.py: stopped and saved: go on with the same options and --resume "
-                  f"(out_dir={config.out_dir})", file=sys.stderr)
+            print("train.py: stopped and saved: go on with python train.py --resume "
+                  f"--out_dir={config.out_dir}", file=sys.stderr)
             sys.exit(130)
 
 

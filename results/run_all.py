@@ -66,8 +66,6 @@ PARTS = {
                    (0, 1, 2, 3, 4)),
     "window_view": Part("--plans=soft --block_size=256 --batch_size=8 --planner_view=window",
                         (0, 1, 2, 3, 4), start=STAGES, base="window"),
-    "window_longer": Part("--plans=none,hard,soft --block_size=256 --batch_size=8 "
-                          "--joint_steps=2400", (0,), start=STAGES, base="window"),
     # claim 7: what the traps are worth
     "traps_end": Part("--plans=none,hard,soft", start="lm joint_none", traps="end"),
     "traps_all": Part("--plans=none,hard,soft", start="lm joint_none", traps="end ahead"),
@@ -116,7 +114,6 @@ LATER = (
     ("6. ... training end to end helps", "window soft", "window soft_frozen"),
     ("6. ... the method against the earlier one", "window soft", "window hard"),
     ("6. ... the planner sees only the window", "window_view soft", "window none"),
-    ("6. ... three times the steps", "window_longer soft", "window_longer none"),
     ("6. Wikipedia: the planner sees only the window", "wikipedia_view soft", "wikipedia none"),
     ("6. Wikipedia, in a window of 256", "wikipedia_window soft", "wikipedia_window none"),
     ("6. ... the method against the earlier one", "wikipedia_window soft", "wikipedia_window hard"),
