@@ -214,7 +214,7 @@ def planned_step(plan: str, corpus: data.Corpus, c: train.Config, dtype: str):
         label = label_loss(logits, batch.labels)
         return {"loss": loss + c.label_loss_weight * label, "lm_loss": loss, "label_loss": label}
     stage = SimpleNamespace(losses=losses, batches=lambda number: train.window_batches(
-        job, number, 2, vectors, labels))
+        job, number, "joint", vectors, labels))
     parts = [(model.gpt, 0.0)] + [(model.planner, 0.0)] * (plan in END_TO_END)
     optimizer = train.make_optimizer(c, parts, fused=DEVICE.type in ("cpu", "cuda"))
     return trainer(model, optimizer,
