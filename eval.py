@@ -127,7 +127,7 @@ class Run:
         damaged, or train.py was started with others and has not come so far."""
         saved = load_checkpoint(path)
         if other := differences(saved, config):
-            raise ValueError(f"{path} was made with {other}, unlike config.json: "
+            raise ValueError(f"{path} was made with {other}, which is another now: "
                              "run train.py with --resume")
         return saved
 

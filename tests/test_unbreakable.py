@@ -534,7 +534,7 @@ def test_plans_of_other_options_are_passed_over(corpus, spoilt, capsys):
         results = json.loads((spoilt / "results.json").read_text())
         assert list(results["plans"]) == ["none"]
         line = end_of(evaluation.main, [f"--out_dir={spoilt}", "--prompt=a", "--plan=soft"], capsys)
-        assert "joint_soft.pt was made with n_labels=8, unlike config.json" in line
+        assert "joint_soft.pt was made with n_labels=8, labels.pt=" in line
 
 
 # --- odd texts ------------------------------------------------------------------------------------
