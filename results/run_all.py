@@ -493,7 +493,9 @@ def comparisons_table(later: bool = False) -> str:
             continue
         name = lambda side: "`" + side.removeprefix("claims ").replace(" ", ": ") + "`"
         span = lambda ends: " to ".join(map(percent, ends))
-        p = "" if later else f" {row['p_holm']:.3f} |" if "p_holm" in row else "  |"
+        p = "" if later else "  |"
+        if "p_holm" in row:
+            p = " <0.001 |" if row["p_holm"] < 0.0005 else f" {row['p_holm']:.3f} |"
         over_seeds = span(row["interval"]) if row["interval"] else "-"
         rows.append(f"| {row['claim']} | {name(row['lower'])} - {name(row['higher'])} | "
                     f"{percent(row['nats'])} | {over_seeds} ({len(row['seeds'])}) | "
@@ -591,8 +593,9 @@ def speed_table() -> str:
     to its last."""
     what = {"step": lambda row: f"`{row['step']}`",
             "kmeans": lambda row: f"K = {row['K']}, against {row['by']}",
-            "prepare": lambda row: row["what"] + (f", {row['MB']:.0f} MB" if "MB" in row else ""),
-            "generate": lambda row: f"`soft`, tokens {row['tokens']}",
+            "prepare": lambda row: (f"{row['MB']:.0f} MB of text, memory against that of a tenth"
+                                    if "peak MB" in row else row["what"]),
+            "generate": lambda row: f"`soft`, tokens: {row['tokens']}",
             "growth": lambda row: row["table"].removeprefix("growth: ") + next(
                 f": {key[2:]} x {value:.3g}" for key, value in row.items() if key[:2] == "x ")}
     rows = ["| benchmark | of | reached | aim |", "|---|---|---|---|"]
