@@ -201,10 +201,11 @@ def save_tokenizer(path: Path, tokenizer: tiktoken.Encoding) -> None:
         ranks = [tokenizer.decode_single_token_bytes(t).hex() for t in range(tokenizer.n_vocab - 1)]
     saved = {"name": tokenizer.name, "ranks": ranks}
     with replacing(path) as working:
-        working.write_text(json.dumps(saved | {"digest": _digest(saved)}))
+        working.write_text(json.dumps(saved | {"digest": digest_of(saved)}))
 
 
-def _digest(content: dict) -> str:
+def digest_of(content: dict) -> str:
+    """Of what a JSON file holds: a flipped bit in a file that is valid all the same is found."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
@@ -213,7 +214,7 @@ def load_tokenizer(path: Path) -> tiktoken.Encoding:
     try:
         saved = json.loads(path.read_text())
         digest = saved.pop("digest", None)
-        if digest not in (None, _digest(saved)):     # None: a file of an earlier commit
+        if digest not in (None, digest_of(saved)):     # None: a file of an earlier commit
             raise ValueError("its digest is another")
         if saved["name"] != "gpt2":
             ranks = {bytes.fromhex(token): rank for rank, token in enumerate(saved["ranks"])}
@@ -560,7 +561,7 @@ def prepare(name: str, tokenizer: str, vocab_size: int, cache_dir: Path) -> Stor
             shutil.rmtree(working, ignore_errors=True)
     try:
         meta = json.loads((path / "meta.json").read_text())
-        if meta["fingerprint"] != _digest(meta["splits"]):
+        if meta["fingerprint"] != digest_of(meta["splits"]):
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{path / 'meta.json'} is missing or damaged: "
@@ -587,7 +588,7 @@ def _write_store(path: Path, name: str, tokenizer: str, vocab_size: int, cache_d
                 writers[split].add(raw, encode(encoding, text))
                 done.update(len(raw))
     splits = {split: writer.close() for split, writer in writers.items()}
-    meta = {"fingerprint": _digest(splits), "splits": splits}
+    meta = {"fingerprint": digest_of(splits), "splits": splits}
     for split, counts in splits.items():
         if counts["sentences"]["length"] < 4:    # the opening <|endoftext|>, two sentences, the end
             raise ValueError(f"data={name} leaves {counts['sentences']['length'] - 2} sentences "

@@ -76,6 +76,21 @@ def write_json(path: Path, content: dict) -> None:
         working.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def read_config(out_dir: Path) -> dict:
+    """A run's options. Raises ValueError where config.json is damaged."""
+    path = out_dir / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        digest = config.pop("digest", None)          # an earlier commit's file has none
+        if not {"data", "cache_dir", "planner_reach", "device", "dtype"} <= config.keys() or (
+                digest not in (None, data.digest_of(config))):
+            raise ValueError
+        return config
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError(f"{path} is damaged: delete it, and run train.py with --resume and "
+                         "all the options that the run had") from None
+
+
 def load_labeler(saved: dict) -> labelling.Labeler:
     """The Labeler in a labels.pt."""
     state = saved["labeler"]
@@ -109,13 +124,8 @@ class Run:
         if not (out_dir / "config.json").exists():
             raise FileNotFoundError(f"out_dir={out_dir} holds no trained run: python train.py "
                                     f"--out_dir={out_dir}")
-        try:
-            config = json.loads((out_dir / "config.json").read_text())
-            *_, own = (config[name] for name in ("data", "cache_dir", "planner_reach", "device"))
-            where = choose_device(device or str(own))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-            raise ValueError(f"{out_dir / 'config.json'} is damaged: "
-                             "run train.py with --resume") from None
+        config = read_config(out_dir)
+        where = choose_device(device or config["device"])
         saved = cls.load(out_dir / "labels.pt", config)
         config["labels.pt"] = saved.get("id")
         return cls(out_dir, where, config, data.load_tokenizer(out_dir / "tokenizer.json"),

@@ -183,14 +183,11 @@ def boolean(text: str) -> bool:
 
 
 def saved_options(out_dir: Path) -> dict:
-    """The options in an out_dir's config.json, but for where it lies; none where that is damaged,
-    for it will be written anew."""
-    try:
-        saved = json.loads((out_dir / "config.json").read_text())
-        return {f.name: saved[f.name] for f in dataclasses.fields(Config)
-                if f.name not in ("out_dir", "resume") and type(saved.get(f.name)) is f.type}
-    except (OSError, ValueError, AttributeError):
-        return {}
+    """The options in an out_dir's config.json, but for where it lies; none where there is none.
+    Raises ValueError where it is damaged."""
+    saved = evaluation.read_config(out_dir) if (out_dir / "config.json").exists() else {}
+    return {f.name: saved[f.name] for f in dataclasses.fields(Config)
+            if f.name not in ("out_dir", "resume") and type(saved.get(f.name)) is f.type}
 
 
 def parse_config(argv=None) -> Config:
@@ -207,9 +204,9 @@ def parse_config(argv=None) -> Config:
     if preset not in PRESETS:
         parser.error(f"preset={preset}: choose {' or '.join(PRESETS)}")
     out_dir = Path(given.get("out_dir", Config.out_dir))
-    before = saved_options(out_dir) if given.get("resume") else {}
-    config = Config(**(before | PRESETS[preset] | given))
     try:
+        before = saved_options(out_dir) if given.get("resume") else {}
+        config = Config(**(before | PRESETS[preset] | given))
         config.check()
     except ValueError as error:
         parser.error(str(error))
@@ -256,8 +253,9 @@ class Job:
                 "dtype": self.dtype, "fingerprint": self.store.meta["fingerprint"]}
             if self.rank == 0:
                 data.save_tokenizer(self.out / "tokenizer.json", self.store.tokenizer)
+                content = self.options | {"versions": evaluation.versions()}
                 evaluation.write_json(self.out / "config.json",
-                                      self.options | {"versions": evaluation.versions()})
+                                      content | {"digest": data.digest_of(content)})
         self.train, self.val = self.store.split("train"), self.store.split("val")
         if config.n_labels > self.train.n_sentences:
             raise ValueError(f"n_labels={config.n_labels}: the training split has but "
@@ -316,8 +314,8 @@ class Job:
         if self.config.dtype != "auto":
             return self.config.dtype
         try:
-            before = json.loads((self.out / "config.json").read_text())["dtype"]
-        except (OSError, ValueError, KeyError, TypeError):
+            before = evaluation.read_config(self.out)["dtype"]
+        except (OSError, ValueError):
             before = None
         return before if before in ("bfloat16", "float32") else faster_dtype(self.device)
 

@@ -147,17 +147,23 @@ def test_stages_after_one_of_other_content_are_done_anew(corpus, trained, tmp_pa
     assert "joint_soft: done anew" in printed and "joint_none: finished before, reused" in printed
 
 
-def test_resume_takes_what_is_not_given_from_the_run(corpus, trained, tmp_path):
+def test_resume_takes_what_is_not_given_from_the_run(corpus, trained, tmp_path, capsys):
     before = train.parse_config(options(corpus, trained, plans="all"))
     bare = [f"--out_dir={trained}", "--resume"]
     assert train.parse_config(bare) == dataclasses.replace(before, resume=True)
     assert train.parse_config([*bare, "--lm_steps=7"]) == dataclasses.replace(
         before, resume=True, lm_steps=7)
     assert train.parse_config([f"--out_dir={trained}"]) == train.Config(out_dir=str(trained))
-    for content in ("", "[]", '{"lm_steps": "7", "data": 1}'):      # damaged, and so not followed
-        (tmp_path / "config.json").write_text(content)
-        assert train.parse_config([f"--out_dir={tmp_path}", "--resume"]) == train.Config(
-            out_dir=str(tmp_path), resume=True)
+    content, path = (trained / "config.json").read_text(), tmp_path / "config.json"
+    for damaged in ("", "[]", "{}", content.replace('"lm_steps": 6', '"lm_steps": 7')):
+        path.write_text(damaged)
+        with pytest.raises(SystemExit):
+            train.parse_config([f"--out_dir={tmp_path}", "--resume"])
+        assert capsys.readouterr().err == (
+            f"train.py: error: {path} is damaged: delete it, and run train.py with --resume and "
+            "all the options that the run had\n")
+    path.write_text(content)
+    assert train.parse_config([f"--out_dir={tmp_path}", "--resume"]).lm_steps == 6
 
 
 def test_a_labeler_of_ones_own(corpus, tmp_path, monkeypatch):

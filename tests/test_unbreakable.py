@@ -231,7 +231,7 @@ def contents(out: Path) -> dict:
     for path in out.glob("*.json"):
         whole = json.loads(path.read_text())
         found[path.name] = {name: value for name, value in whole.items()
-                            if name not in ("versions", "out_dir", "cache_dir", "resume")}
+                            if name not in ("versions", "digest", "out_dir", "cache_dir", "resume")}
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     found["metrics"] = [{k: v for k, v in entry.items() if k != "per_second"} for entry in lines]
     found["stores"] = [{path.name: path.read_bytes() for path in (out / "cache").glob("*/*")
@@ -522,7 +522,7 @@ def test_a_damaged_file_is_refused_or_made_anew(name, corpus, spoilt, tmp_path, 
             assert not (tmp_path / "harm").exists(), kind
             ends[result, bool(line)] += 1
         path.write_bytes(content)
-    refused = name.startswith("cache")               # what a run depends on; the rest it makes anew
+    refused = name.startswith(("cache", "config"))   # what a run depends on; the rest it makes anew
     assert ends["results.json", refused] >= len(damages(content, tmp_path, rng)) - 1
 
 
