@@ -214,7 +214,7 @@ def load_tokenizer(path: Path) -> tiktoken.Encoding:
     try:
         saved = json.loads(path.read_text())
         digest = saved.pop("digest", None)
-        if digest not in (None, digest_of(saved)):     # None: a file of an earlier commit
+        if digest not in (None, digest_of(saved)):   # None: a file of an earlier commit
             raise ValueError("its digest is another")
         if saved["name"] != "gpt2":
             ranks = {bytes.fromhex(token): rank for rank, token in enumerate(saved["ranks"])}

@@ -526,8 +526,7 @@ def fit(job: Job, stage: Stage, saved: dict | None) -> None:
         if saving and job.rank == 0:
             save_checkpoint(job.out / f"{name}.pt", {
                 "depends": job.depends(name), "id": job.ids.get(name), "step": step + 1,
-                "done": last, "skipped": skipped,
-                "model": model.state_dict(), **stage.args,
+                "done": last, "skipped": skipped, "model": model.state_dict(), **stage.args,
                 "optimizer": None if last else optimizer.state_dict()})
         if stop:
             bar.close()

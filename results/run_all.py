@@ -45,10 +45,11 @@ class Part:
 STAGES = "lm labels planner"
 PARTS = {
     "claims": Part("--plans=all", (0, 1, 2, 3, 4)),
-    # claim 3: a frozen planner with as many more steps of label loss; one that was never trained
+    # claim 3: a frozen planner with as many more steps of label loss
     "frozen_longer": Part("--plans=soft_frozen --planner_steps=950", start="lm labels"),
     # ... and one whose steps are those with the least label loss on validation
     "planner_400": Part("--plans=hard,soft_frozen,soft --planner_steps=400", start="lm labels"),
+    # ... and one that saw no label at all
     "untrained": Part("--plans=soft --planner_steps=1 --planner_lr=0", start="lm labels"),
     # claim 4: the grid of learning rates (claims itself is its middle)
     "rate_low": Part("--plans=hard,straight_through,soft --joint_lr=1e-3 --joint_planner_lr=2.5e-4",
@@ -147,7 +148,8 @@ def commit() -> str:
 
 def run_part(name: str, only_seed: int | None = None) -> None:
     part, path = PARTS[name], ROOT / "results" / f"{name}.json"
-    if (found := re.search(r"--data=(cache/\S+)", part.options)) and not Path(found[1]).exists():
+    found = re.search(r"--data=(cache/\S+)", part.options)
+    if found and not (ROOT / found[1]).exists():
         return print(f"{name}: passed over, for {found[1]} is not there: see the README")
     for seed in part.seeds if only_seed is None else [only_seed]:
         if path.exists() and seed in [run["seed"] for run in json.loads(path.read_text())["runs"]]:
