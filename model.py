@@ -1,13 +1,12 @@
-"""The GPT, and the one function this project is about: `mix_labels`.
+"""The GPT, and the one function that this project is about: `mix_labels`.
 
 Shapes, here and everywhere: B batch, T tokens, S sentences, K labels, C model width,
 E sentence-vector width, V vocabulary, H heads, D head width.
 
-The GPT is GPT-2 (Radford et al., 2019) without dropout and biases, and with the exact GELU,
-which torch computes three times faster than GPT-2's approximation on a CPU in bfloat16. A plan
-enters every block as a linear map of the plan, zero at the start, added to the attention output
-before the output projection. It is projected for each sentence and looked up for each token
-afterwards, since S is much smaller than T.
+The GPT is GPT-2 (Radford et al., 2019) without dropout and biases, and with the exact GELU, which
+torch computes three times as fast as GPT-2's approximation on a CPU in bfloat16. A plan enters
+every block: a linear map of it, zero at the start, is added to the attention output before the
+output projection (step 4 of the method in the README).
 """
 import math
 
@@ -15,125 +14,123 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# NOTE(paper): the paper compares selecting one label with mixing them;
-# the rest are controls (DESIGN 1).
-PLANS = ("none", "fixed", "uniform", "hard", "straight_through", "gumbel",
-         "soft_frozen", "soft", "oracle")
-END_TO_END = ("straight_through", "gumbel", "soft")          # the LM loss reaches the planner
-USES_PLANNER = tuple(p for p in PLANS if p not in ("none", "fixed", "uniform", "oracle"))
+# The README's table says what each plan is for. A new one is a name here and a branch in
+# mix_labels; it belongs to END_TO_END, too, if the LM loss shall train the planner through it.
+PLANS = ("none", "fixed", "previous", "hard", "straight_through", "gumbel", "soft_frozen", "soft",
+         "oracle")
+END_TO_END = ("straight_through", "gumbel", "soft")
+NO_PLANNER = ("none", "fixed", "previous", "oracle")
 
 
-def mix_labels(logits: torch.Tensor, label_emb: torch.Tensor, plan: str,
-               labels: torch.Tensor | None = None, tau: float = 1.0,
-               generator: torch.Generator | None = None) -> torch.Tensor:
-    """The planner's logits (B, S, K) and the label embeddings (K, C) -> the plan's rows (B, S, C).
+def mix_labels(label_logits: torch.Tensor, label_emb: torch.Tensor, plan: str,
+               labels: torch.Tensor | None = None, previous: torch.Tensor | None = None,
+               tau: float = 1.0, generator: torch.Generator | None = None) -> torch.Tensor:
+    """The planner's logits (B, S, K) and the label embeddings (K, C) -> plan rows (B, S, C).
 
-    labels (B, S) are the true ones, which `oracle` alone looks at (-1 where unknown: taken as 0).
-    `tau` is gumbel's temperature; without a generator there is no noise, and gumbel is soft.
+    labels and previous, (B, S), are the labels of each sentence and of the one before it, -1 where
+    there is none; only `oracle` and `previous` look at them. `gumbel` draws its noise from the
+    generator, at temperature tau; without a generator it is `soft`.
     Source: "End-to-end Planner Training for Language Modeling", arXiv 2410.12492.
-    Raises KeyError for an unknown plan.
+    Raises ValueError for a plan that mixes nothing.
     """
+    # Steps 4 and 5: the plan of a sentence is a mixture of the label embeddings.
     K = label_emb.shape[0]
-    one_hot = lambda index: F.one_hot(index, K).to(label_emb.dtype)         # (B, S) -> (B, S, K)
-    probs = logits.softmax(-1)                                              # (B, S, K)
-    weights = {
-        "fixed": lambda: one_hot(torch.zeros_like(logits[..., 0], dtype=torch.long)),
-        "uniform": lambda: torch.full_like(probs, 1 / K),
-        "hard": lambda: one_hot(logits.argmax(-1)),
-        # the value is exactly one_hot, for the bracket is exactly zero;
-        # the gradient is that of probs
-        "straight_through": lambda: one_hot(logits.argmax(-1)) + (probs - probs.detach()),
-        "gumbel": lambda: probs if generator is None else (
-            (logits + _gumbel_noise(logits, generator)) / tau).softmax(-1),
-        "soft_frozen": lambda: probs.detach(),
-        "soft": lambda: probs,
-        "oracle": lambda: one_hot(labels.clamp(min=0)),
-    }[plan]()
-    return weights.to(label_emb.dtype) @ label_emb                              # (B, S, C)
+    probs = label_logits.softmax(-1)                                        # (B, S, K)
+    likeliest = one_hot(label_logits.argmax(-1), K)                         # (B, S, K)
+
+    if plan == "fixed":                 # always label 0: the same parameters, no information
+        weights = one_hot(torch.zeros_like(probs[..., 0]), K)
+    elif plan == "previous":            # a memory without a prediction
+        weights = one_hot(previous, K)
+    elif plan == "hard":                # the earlier paper: argmax has no gradient
+        weights = likeliest
+    elif plan == "straight_through":    # forward `hard` (the bracket is 0), backward `soft`
+        weights = likeliest + (probs - probs.detach())
+    elif plan == "gumbel":              # a relaxed sample: exact gradients of a noisy mixture
+        noisy = label_logits + gumbel_noise(label_logits, generator)
+        weights = probs if generator is None else (noisy / tau).softmax(-1)
+    elif plan == "soft_frozen":         # the whole distribution, but the planner learns nothing
+        weights = probs.detach()
+    elif plan == "soft":                # the method: differentiable in the planner's logits
+        weights = probs
+    elif plan == "oracle":              # the true label: what a perfect planner would give
+        weights = one_hot(labels, K)
+    else:
+        raise ValueError(f"plan={plan} mixes no labels: choose one of {', '.join(PLANS[1:])}")
+
+    return weights.to(label_emb.dtype) @ label_emb                          # (B, S, C)
 
 
-def _gumbel_noise(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    # in float32 whatever the logits are: in bfloat16, 1 - 1e-6 is 1, and the noise infinite
-    uniform = torch.rand(logits.shape, generator=generator, device=generator.device)
-    uniform = uniform.clamp(1e-6, 1 - 1e-6)
-    return -(-uniform.log()).log().to(logits)
+def one_hot(index: torch.Tensor, K: int) -> torch.Tensor:
+    """(B, S) -> (B, S, K): 1 at each index, and a row of zeros for an index of -1."""
+    return (index[..., None] == torch.arange(K, device=index.device)).float()
 
 
-class Cache:
-    """Keys and values of the tokens so far, for generation:
-    one pair (B, H, block_size, D) a layer."""
-
-    def __init__(self):
-        self.layers, self.length = {}, 0
-
-    def append(self, layer: nn.Module, k: torch.Tensor, v: torch.Tensor, room: int):
-        """Stores k, v (B, H, t, D) behind those of earlier calls and returns all of them."""
-        if layer not in self.layers:
-            self.layers[layer] = [x.new_empty(*x.shape[:2], room, x.shape[3]) for x in (k, v)]
-        end = self.length + k.shape[2]
-        for buffer, new in zip(self.layers[layer], (k, v)):
-            buffer[:, :, self.length:end] = new
-        return [buffer[:, :, :end] for buffer in self.layers[layer]]
+def gumbel_noise(like: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """-log(-log(u)) for uniform u, in the shape of `like`; zeros without a generator."""
+    if generator is None:
+        return torch.zeros_like(like)
+    uniform = torch.rand(like.shape, generator=generator, device=generator.device)
+    uniform = uniform.clamp(1e-6, 1 - 1e-6)     # in bfloat16 this would be 1, the noise infinite
+    return -(-uniform.log()).log().to(like)
 
 
-def attend(q, k, v, mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D)) v for q, k, v (B, H, T, D), where mask (B, 1, T, T) is True."""
+def attend(q, k, v, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D)) v for q, k, v (B, H, T, D); causal, or where mask (B, 1, T, T) is
+    True."""
     if q.device.type != "cpu" or k.shape[2] > 512:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-    # torch's fused kernel is made for long rows; on a CPU this is faster below: 5 times at 64
-    scores = (q * q.shape[-1] ** -0.5) @ k.mT                                   # (B, H, T, T)
-    if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    return scores.softmax(-1) @ v
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    # On a CPU torch's fused kernel, made for long rows, is five times slower than this at T = 64.
+    if mask is None:
+        mask = torch.ones(k.shape[2], k.shape[2], dtype=torch.bool).tril()
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT                               # (B, H, T, T)
+    return scores.masked_fill(~mask, -math.inf).softmax(-1) @ v
 
 
 class Attention(nn.Module):
-    """Causal self-attention, with a plan where the block has one."""
+    """Causal self-attention. With `planned`, a map of the plan is added to its output."""
 
     def __init__(self, n_embd: int, n_head: int, planned: bool = False):
         super().__init__()
-        self.n_head = n_head
+        self.n_head = n_head                                                # H, and D = C / H
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
         self.proj = nn.Linear(n_embd, n_embd, bias=False)
         self.plan_map = nn.Linear(n_embd, n_embd, bias=False) if planned else None
 
-    def forward(self, x, plan=None, where=None, mask=None, cache=None, room=0):
+    def forward(self, x, plan_rows=None, row_of_token=None, mask=None):
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        if cache is not None:
-            k, v = cache.append(self, k, v, room)
-        # With a cache, T is 1 or the cache was empty: either way no mask but the plain causal one
-        y = attend(q, k, v, mask, causal=mask is None and T > 1)
-        y = y.transpose(1, 2).reshape(B, T, C)
-        if plan is not None:
-            rows = self.plan_map(plan)                                          # (B, S, C)
-            y = y + F.embedding(where, rows.flatten(0, 1))                      # (B, T, C)
-        return self.proj(y)
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)      # (B, T, 3, H, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, H, T, D) each
+        y = attend(q, k, v, mask).transpose(1, 2).reshape(B, T, C)
+        if plan_rows is not None:
+            # Map the S rows first and look them up for the T tokens afterwards: S << T.
+            mapped = self.plan_map(plan_rows).flatten(0, 1)                 # (B*S, C)
+            y = y + F.embedding(row_of_token, mapped)                       # (B, T, C)
+        return self.proj(y)             # behind the plan: attention and plan are mapped together
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; the planner's are the same, without a plan."""
+    """A pre-norm transformer block; the planner's are the same, without a plan."""
 
     def __init__(self, n_embd: int, n_head: int, planned: bool = False):
         super().__init__()
         self.ln_1 = nn.LayerNorm(n_embd)
         self.attn = Attention(n_embd, n_head, planned)
         self.ln_2 = nn.LayerNorm(n_embd)
-        self.up = nn.Linear(n_embd, 4 * n_embd, bias=False)
+        self.up = nn.Linear(n_embd, 4 * n_embd, bias=False)                 # C -> 4C
         self.down = nn.Linear(4 * n_embd, n_embd, bias=False)
 
-    def forward(self, x, **attention):
-        x = x + self.attn(self.ln_1(x), **attention)
+    def forward(self, x, plan_rows=None, row_of_token=None, mask=None):
+        x = x + self.attn(self.ln_1(x), plan_rows, row_of_token, mask)
         return x + self.down(F.gelu(self.up(self.ln_2(x))))
 
 
-def init_weights(module: nn.Module, n_layer: int, generator: torch.Generator) -> None:
-    """GPT-2's initialisation: N(0, 0.02^2),
-    residual projections narrower by sqrt(2 n_layer), plan maps 0."""
+def init_weights(module: nn.Module, n_layer: int, seed: int) -> None:
+    """GPT-2's start: N(0, 0.02^2), narrower by sqrt(2 n_layer) for what is added to the residual
+    stream. Plan maps are 0, so that all plans begin with the same loss."""
+    generator = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():
-        if "plan_map" in name:
+        if "plan_map" in name:          # the first step moves the maps, the next one all else
             nn.init.zeros_(p)
         elif p.dim() >= 2:
             residual = name.endswith(("proj.weight", "down.weight"))
@@ -141,98 +138,57 @@ def init_weights(module: nn.Module, n_layer: int, generator: torch.Generator) ->
             nn.init.normal_(p, std=std, generator=generator)
 
 
-def chunk(weight: torch.Tensor) -> int:
-    """How many rows of logits, x @ weight.T, to make at a time; on a CPU, few enough to stay in
-    its cache."""
-    return max(1, (1 << 19 if weight.device.type == "cpu" else 1 << 28) // len(weight))
-
-
-class MeanCrossEntropy(torch.autograd.Function):
-    """The mean of F.cross_entropy(F.linear(x, weight[:vocab_size]), targets, ignore_index=-1),
-    a few rows at a time.
-
-    x (n, C), weight (V, C), targets (n,) -> a scalar, nats. The gradient is worked out
-    along with the loss, so the (n, V) logits are never held: on a CPU a chunk stays in the
-    cache, which halves the time.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size):
-        device, dtype = x.device.type, weight.dtype
-        if torch.is_autocast_enabled(device):        # products in its type, as F.linear's would be
-            dtype = torch.get_autocast_dtype(device)
-        x, w, counted = x.to(dtype), weight.to(dtype), targets >= 0
-        n, targets, total = counted.sum().clamp(min=1), targets.clamp(min=0)[:, None], 0.0
-        grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
-        size = chunk(weight)
-        for i in range(0, len(x), size):
-            rows = slice(i, i + size)
-            logits = x[rows] @ w.T                                              # (rows, V)
-            logits[:, vocab_size:] = -math.inf       # rows that pad the matrix are no tokens
-            probs = logits.softmax(-1, dtype=weight.dtype)
-            likely = probs.gather(1, targets[rows])[:, 0].clamp(min=1e-37)      # log(0) never
-            total -= (likely.log() * counted[rows]).sum()
-            probs.scatter_add_(1, targets[rows], probs.new_full((len(probs), 1), -1.0))
-            g = (probs * counted[rows, None]).to(dtype)
-            grad_x[rows] = g @ w
-            grad_w += g.T @ x[rows]
-        ctx.save_for_backward(grad_x / n, grad_w / n)
-        return total / n
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad, grad_w * grad, None, None
-
-
 class GPT(nn.Module):
-    """A small GPT. With n_labels > 0 it has label embeddings and can be given a plan."""
+    """A small GPT. With n_labels > 0 it has label embeddings and takes a plan.
+    Raises ValueError where n_head does not divide n_embd."""
 
     def __init__(self, vocab_size: int, block_size: int, n_layer: int, n_head: int, n_embd: int,
                  n_labels: int = 0, seed: int = 0):
         super().__init__()
         if n_embd % n_head:
-            raise ValueError(f"n_head={n_head} does not divide n_embd={n_embd}: "
-                             "choose one that does")
-        self.block_size, self.vocab_size = block_size, vocab_size
-        padded = -(-vocab_size // 64) * 64               # matrices of a multiple of 64 are faster
-        self.wte = nn.Embedding(padded, n_embd)
-        self.wpe = nn.Embedding(block_size, n_embd)
+            raise ValueError(f"n_head={n_head} does not divide n_embd={n_embd}")
+        self.block_size = block_size                    # T at most
+        self.vocab_size = vocab_size
+        padded = 64 * math.ceil(vocab_size / 64)        # such matrices are faster on a GPU
+        self.wte = nn.Embedding(padded, n_embd)         # tokens, and the output matrix, too
+        self.wpe = nn.Embedding(block_size, n_embd)     # positions
         self.blocks = nn.ModuleList(Block(n_embd, n_head, n_labels > 0) for _ in range(n_layer))
         self.ln_f = nn.LayerNorm(n_embd)
+        # (K, C), to be set to the centroids
         self.label_emb = nn.Parameter(torch.zeros(n_labels, n_embd)) if n_labels else None
-        init_weights(self, n_layer, torch.Generator().manual_seed(seed))
+        init_weights(self, n_layer, seed)
 
-    def hidden(self, tokens, plan=None, sentence_id=None, cache=None):
-        """tokens (B, T) -> final hidden states (B, T, C), before they become logits."""
+    def forward(self, tokens, targets=None, plan=None, sentence_id=None, reduction="mean"):
+        """tokens (B, T), plan rows (B, S, C) and the row of each token, sentence_id (B, T)
+        -> logits (B, T, V); with targets (B, T) instead the next-token loss in nats: a scalar, or
+        (B, T) with reduction="none". A target of -1 counts nothing.
+        Raises ValueError for more than block_size tokens."""
         B, T = tokens.shape
-        past = cache.length if cache is not None else 0
-        if past + T > self.block_size:
-            raise ValueError(f"{past + T} tokens do not fit into block_size={self.block_size}")
-        x = self.wte(tokens) + self.wpe.weight[past:past + T]                   # (B, T, C)
-        where = None
-        if plan is not None:                                 # rows of the flattened plan, (B, T)
-            where = sentence_id + plan.shape[1] * torch.arange(B, device=tokens.device)[:, None]
+        if T > self.block_size:
+            raise ValueError(f"{T} tokens do not fit into block_size={self.block_size}")
+        row_of_token = None
+        if plan is not None:                            # in the plan rows of all windows, (B*S, C)
+            first_row = plan.shape[1] * torch.arange(B, device=tokens.device)
+            row_of_token = first_row[:, None] + sentence_id                 # (B, T)
+        x = self.wte(tokens) + self.wpe.weight[:T]                          # (B, T, C)
         for block in self.blocks:
-            x = block(x, plan=plan, where=where, cache=cache, room=self.block_size)
-        if cache is not None:
-            cache.length += T
-        return self.ln_f(x)
-
-    def forward(self, tokens, targets=None, plan=None, sentence_id=None, cache=None,
-                reduction="mean"):
-        """tokens (B, T), plan (B, S, C), sentence_id (B, T) -> logits (B, T, V);
-        with targets (B, T) the next-token loss in nats, a scalar or, with reduction="none",
-        (B, T). A target of -1 counts nothing.
-        Raises ValueError where the tokens and the cache exceed block_size."""
-        x = self.hidden(tokens, plan, sentence_id, cache)
+            x = block(x, plan, row_of_token)
+        x = self.ln_f(x)                                                    # (B, T, C)
         if targets is None:
-            return F.linear(x, self.wte.weight)[..., :self.vocab_size]  # (B, T, V), tied weights
-        if reduction == "mean":
-            return MeanCrossEntropy.apply(x.flatten(0, 1), self.wte.weight, targets.flatten(),
-                                          self.vocab_size)
-        size = chunk(self.wte.weight)
-        parts = zip(x.flatten(0, 1).split(size), targets.flatten().split(size))
-        loss = [F.cross_entropy(F.linear(part, self.wte.weight)[:, :self.vocab_size], target,
-                                ignore_index=-1, reduction="none") for part, target in parts]
-        return torch.cat(loss).view_as(targets)
+            return self.logits(x)                                           # (B, T, V)
+        return self.loss(x, targets, reduction)
+
+    def logits(self, x):
+        """(..., C) -> (..., V). The output matrix is the token embedding."""
+        return F.linear(x, self.wte.weight)[..., :self.vocab_size]
+
+    def loss(self, x, targets, reduction):
+        """x (B, T, C), targets (B, T) -> as `forward`. A few rows at a time: on a CPU the logits of
+        so many stay in its cache."""
+        rows = max(1, (1 << 19 if x.device.type == "cpu" else 1 << 28) // self.vocab_size)
+        parts = zip(x.flatten(0, 1).split(rows), targets.flatten().split(rows))
+        losses = torch.cat([F.cross_entropy(self.logits(x_part), t_part, ignore_index=-1,
+                                            reduction="none") for x_part, t_part in parts])
+        if reduction == "none":
+            return losses.view(targets.shape)                               # (B, T)
+        return losses.sum() / (targets >= 0).sum().clamp(min=1)

@@ -1,6 +1,5 @@
-"""The planner: from the sentences so far, a distribution over the label of the next one
-(DESIGN step 3); and `PlannedGPT`, which joins planner, mixture and GPT into the one module
-that is trained and evaluated.
+"""The planner: from the sentences so far, a distribution over the label of the next one (step 3);
+and `PlannedGPT`, which joins planner, mixture and GPT into the module that is trained and scored.
 
 NOTE(paper): the paper's planner encodes sentences with a pretrained encoder; ours reads the vectors
 of labels.py, so that everything is trained from scratch.
@@ -10,46 +9,42 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import Batch
-from model import END_TO_END, GPT, USES_PLANNER, Block, init_weights, mix_labels
+from model import END_TO_END, GPT, NO_PLANNER, Block, init_weights, mix_labels
 
 
 class Planner(nn.Module):
-    """A causal transformer over sentence vectors. Slot j predicts sentence j's label and reads
-    sentence j - 1's vector; where the view starts anew it reads a learned start vector and
-    sees nothing earlier."""
+    """A causal transformer over sentence vectors: slot j predicts the label of sentence j from the
+    vectors of the sentences before it."""
 
     def __init__(self, n_vector: int, n_labels: int, n_layer: int, n_head: int, n_embd: int,
                  reach: int, seed: int = 0):
         super().__init__()
-        if n_embd % n_head:
-            raise ValueError(f"planner_head={n_head} does not divide planner_embd={n_embd}: "
-                             "choose one that does")
         self.inp = nn.Linear(n_vector, n_embd, bias=False)
-        self.start = nn.Parameter(torch.zeros(1, n_embd))
-        self.wpe = nn.Embedding(reach + 1, n_embd)       # later sentences share the last position
+        self.start = nn.Parameter(torch.zeros(n_embd))  # stands in for "nothing yet"
+        self.wpe = nn.Embedding(reach + 1, n_embd)      # later sentences share the last position
         self.blocks = nn.ModuleList(Block(n_embd, n_head) for _ in range(n_layer))
         self.ln_f = nn.LayerNorm(n_embd)
-        self.head = nn.Linear(n_embd, n_labels, bias=False)
-        init_weights(self, n_layer, torch.Generator().manual_seed(seed))
+        self.head = nn.Linear(n_embd, n_labels, bias=False)                 # C -> K
+        init_weights(self, n_layer, seed)
 
     def forward(self, vectors: torch.Tensor, first: torch.Tensor,
-                slots: torch.Tensor | None = None) -> torch.Tensor:
-        """vectors (B, S, E) of unit length, first (B, S) bool -> label logits (B, S, K); with
-        `slots`, indices of any shape into the B*S slots, logits of those alone, (..., K).
-        Slot j depends on the vectors of sentences i < j alone, back to the last slot <= j
-        that is marked `first`."""
-        x = self.inp(vectors * vectors.shape[-1] ** 0.5)  # entries of size about one, as the GPT's
-        x = torch.cat([self.start.expand(len(x), 1, -1).to(x), x[:, :-1]], dim=1)       # (B, S, C)
-        x = torch.where(first[..., None], self.start.to(x), x)
+                n_last: int | None = None) -> torch.Tensor:
+        """vectors (B, P, E) of unit length, first (B, P) bool -> label logits (B, P, K), or of the
+        last n_last slots alone. Slot j reads the vectors of slots i < j, back to the last slot <= j
+        that is marked `first`: there the view starts anew (a document, or what may be seen)."""
+        x = self.inp(vectors * vectors.shape[-1] ** 0.5)    # entries of size about one
+        x = F.pad(x, (0, 0, 1, -1))                     # slot j reads the vector of sentence j - 1
+        x = torch.where(first[..., None], self.start.to(x.dtype), x)        # (B, P, C)
         slot = torch.arange(first.shape[1], device=first.device)
-        opening = torch.where(first, slot, 0).cummax(1).values          # (B, S) where a view began
+        opening = torch.where(first, slot, 0).cummax(1).values      # (B, P) where its view began
         x = x + self.wpe((slot - opening).clamp(max=self.wpe.num_embeddings - 1))
-        seen = (opening[:, :, None] == opening[:, None, :]).tril()      # (B, S, S)
+        # A slot sees the slots of its own view up to itself; padding sees itself, not nothing.
+        mask = (opening[:, :, None] == opening[:, None, :]).tril()          # (B, P, P)
         for block in self.blocks:
-            x = block(x, mask=seen[:, None])
-        if slots is not None:
-            x = F.embedding(slots, x.flatten(0, 1))
-        return self.head(self.ln_f(x))
+            x = block(x, mask=mask[:, None])                                # (B, P, C)
+        if n_last is not None:
+            x = x[:, -n_last:]                          # the others were context
+        return self.head(self.ln_f(x))                                      # (B, S, K)
 
 
 def label_loss(label_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -58,36 +53,36 @@ def label_loss(label_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
 
 
 class PlannedGPT(nn.Module):
-    """The GPT under one of the nine plans, as far as the planner is needed for it."""
+    """A GPT under one of the plans, with a planner where the plan asks for one."""
 
     def __init__(self, gpt: GPT, planner: Planner | None, plan: str, tau: float = 1.0):
         super().__init__()
-        self.gpt, self.plan, self.tau = gpt, plan, tau
-        self.planner = planner if plan in USES_PLANNER else None
-        for name, p in self.named_parameters():          # what a plan does not use is not trained
-            part_of_plan = "label_emb" in name or "plan_map" in name
-            frozen = name.startswith("planner.") and plan not in END_TO_END
-            p.requires_grad_(not frozen and not (part_of_plan and plan == "none"))
+        self.gpt = gpt
+        self.planner = None if plan in NO_PLANNER else planner
+        self.plan = plan
+        self.tau = tau
+        if self.planner is not None and plan not in END_TO_END:
+            self.planner.requires_grad_(False)          # not even weight decay moves it
 
-    def label_logits(self, batch: Batch) -> torch.Tensor:
-        """(B, S, K): the planner's logits for the sentences that the targets touch."""
-        if self.planner is None:
-            return batch.vectors.new_zeros(*batch.slots.shape, len(self.gpt.label_emb))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.plan in END_TO_END):
-            return self.planner(batch.vectors, batch.first, batch.slots)
-
-    def rows(self, batch: Batch, generator: torch.Generator | None = None):
-        """The plan's rows (B, S, C) and the label logits (B, S, K);
-        None and None for the plan `none`."""
+    def plan_rows(self, batch: Batch, generator: torch.Generator | None = None):
+        """The plan of each sentence that the targets touch, (B, S, C), and the planner's logits
+        (B, S, K); None and None under `none`."""
         if self.plan == "none":
             return None, None
-        logits = self.label_logits(batch)
-        rows = mix_labels(logits, self.gpt.label_emb, self.plan, batch.labels, self.tau, generator)
-        return rows, logits
+        n_last = batch.labels.shape[1]
+        if self.planner is None:                        # these plans look at no logits
+            K = len(self.gpt.label_emb)
+            label_logits = batch.vectors.new_zeros(*batch.labels.shape, K)  # (B, S, K)
+        else:                                           # step 3: what comes next
+            label_logits = self.planner(batch.vectors, batch.first, n_last)
+        rows = mix_labels(label_logits, self.gpt.label_emb, self.plan, batch.labels,
+                          batch.previous, self.tau, generator)              # (B, S, C)
+        return rows, label_logits
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None,
                 reduction: str = "mean"):
-        """-> next-token loss (a scalar, or (B, T)), and label logits (B, S, K) or None."""
-        rows, logits = self.rows(batch, generator)
-        loss = self.gpt(batch.tokens, batch.targets, rows, batch.sentence_id, reduction=reduction)
-        return loss, logits
+        """-> the next-token loss (a scalar, or (B, T)), and label logits (B, S, K) or None."""
+        rows, label_logits = self.plan_rows(batch, generator)
+        # Step 5: under an END_TO_END plan, this loss has a gradient to the planner through rows.
+        lm_loss = self.gpt(batch.tokens, batch.targets, rows, batch.sentence_id, reduction)
+        return lm_loss, label_logits

@@ -1,54 +1,39 @@
 """Trains a language model that plans, end to end: `python train.py [--name=value ...]`.
 
 Four stages, each with a checkpoint in out_dir:
-  lm       the GPT alone                                        -> lm.pt
+  lm       the GPT alone, on the next-token loss                -> lm.pt
   labels   a vector and a label for every sentence              -> labels.pt
   planner  the planner alone, to predict the next label         -> planner.pt
-  joint    once for each plan: GPT, label embeddings and (for the plans that are end to end) planner
-           together on the next-token loss                      -> joint_<plan>.pt
-All plans start from the same three files and see the same batches in the same order, so their
-differences are paired. Batches, and gumbel's noise, are functions of (seed, stage, step): there is
-no random state to save, and a resumed run ends bit for bit like an undisturbed one on the CPU.
-
-Under `torchrun --nproc_per_node=N train.py ...` the same loop runs data-parallel: each of the N
-processes (ranks) takes its share of every batch, the gradients are averaged, and rank 0 writes.
+  joint    for each plan, both together on the next-token loss  -> joint_<plan>.pt
+All plans see the same batches. Batches, and gumbel's noise, are functions of (seed, stage, step):
+there is no random state to save, and --resume ends bit for bit like an undisturbed run on the CPU.
 """
+import argparse
 import contextlib
-import ctypes
-import dataclasses
-import json
 import math
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:                                  # not on Windows
-    fcntl = None
-
 import data
-import eval as evaluation
-import labels as labelling
-from model import END_TO_END, GPT, PLANS
-from planner import PlannedGPT, Planner, label_loss
+import labels
+from eval import Parser, Run, evaluate, one_line_errors, summary, table, versions
+from model import END_TO_END, PLANS
+from planner import Planner, label_loss
 
 
 # --- options --------------------------------------------------------------------------------------
 
-def opt(default, text):
-    """An option's default and what --help says of it."""
-    return field(default=default, metadata={"help": text})
+def opt(default, text, least=None, choices=()):
+    """An option: its default, what --help says of it, and the values that it can have."""
+    return field(default=default, metadata={"help": text, "least": least, "choices": choices})
 
 
 @dataclass
@@ -56,684 +41,389 @@ class Config:
     """Every option. The command line is made from these fields."""
     # what, where
     data: str = opt("docstrings", "docstrings, wikitext103, tinystories, or a path to UTF-8 text")
-    tokenizer: str = opt("bpe", "bpe (trained on the corpus) or gpt2 (downloaded once by tiktoken)")
-    vocab_size: int = opt(4096, "tokens of the bpe tokenizer; gpt2 has its own 50257")
+    tokenizer: str = opt("bpe", "trained on the corpus, or downloaded", choices=("bpe", "gpt2"))
+    vocab_size: int = opt(4096, "tokens of the bpe tokenizer, 257 to 65536; gpt2 has 50257", 257)
     cache_dir: str = opt("cache", "where prepared corpora and downloads are kept")
     out_dir: str = opt("out", "where this run's files go")
-    seed: int = opt(0, "of initialisation, batches, k-means and noise")
+    seed: int = opt(0, "of initialisation, batches, k-means and noise", 0)
     device: str = opt("auto", "auto (cuda, then mps, then cpu), cuda, mps or cpu")
-    dtype: str = opt("auto", "auto (bfloat16 where that is faster here), bfloat16 or float32")
-    preset: str = opt("laptop", "a set of defaults: laptop, gpu, or tiny (to try things out)")
-    resume: bool = opt(False, "go on in an out_dir that holds stages already")
+    dtype: str = opt("auto", "auto is the faster here", choices=("auto", "bfloat16", "float32"))
+    preset: str = opt("laptop", "a set of defaults", choices=("laptop", "gpu", "tiny"))
+    resume: bool = opt(False, "continue the run in out_dir, with its options")
+    start: str = opt("", "an out_dir whose options and finished stages this run begins with")
     compile: bool = opt(False, "torch.compile the models; minutes at first, faster steps on a GPU")
     plans: str = opt("none,hard,soft", f"the joint stages, of {','.join(PLANS)}; or all")
-    # GPT
-    n_layer: int = opt(4, "blocks of the GPT")
-    n_head: int = opt(3, "attention heads of the GPT")
-    n_embd: int = opt(192, "width of the GPT")
-    block_size: int = opt(64, "window of the GPT in tokens")
-    # labels
-    vectors: str = opt("sif", "sif (weighted token embeddings) or hidden (hidden states)")
-    n_labels: int = opt(256, "K: labels, the clusters of k-means")
-    kmeans_iters: int = opt(50, "iterations of k-means at most")
-    # planner
-    planner_layer: int = opt(2, "blocks of the planner")
-    planner_head: int = opt(3, "attention heads of the planner")
-    planner_embd: int = opt(192, "width of the planner")
-    planner_reach: int = opt(48, "how many sentences before the window the planner can look back")
-    planner_view: str = opt("document", "document; or window: only what the GPT sees, too")
+    # sizes
+    n_layer: int = opt(4, "blocks of the GPT", 1)
+    n_head: int = opt(3, "attention heads, of GPT and planner", 1)
+    n_embd: int = opt(192, "C: width, of GPT and planner", 1)
+    block_size: int = opt(64, "T: window of the GPT in tokens", 1)
+    n_labels: int = opt(256, "K: labels, the clusters of k-means", 1)
+    planner_layer: int = opt(2, "blocks of the planner", 1)
+    planner_reach: int = opt(48, "sentences before the window that the planner can look back", 1)
+    planner_view: str = opt("document", "window: what the GPT sees", choices=("document", "window"))
     # training
-    batch_size: int = opt(32, "windows in a micro-batch")
-    grad_accum: int = opt(1, "micro-batches in a step")
-    planner_batch: int = opt(32, "rows of 2 planner_reach sentences in a step, stage planner")
-    lm_steps: int = opt(1000, "steps of stage lm")
-    planner_steps: int = opt(150, "steps of stage planner")
-    joint_steps: int = opt(800, "steps of stage joint, for each plan")
-    lm_lr: float = opt(2e-3, "peak learning rate of stage lm")
-    planner_lr: float = opt(1e-3, "peak learning rate of stage planner")
-    joint_lr: float = opt(2e-3, "peak learning rate of the GPT in stage joint")
-    joint_planner_lr: float = opt(5e-4, "peak learning rate of the planner in stage joint")
-    unfreeze_step: int = opt(0, "step of stage joint from which the planner is trained")
-    label_loss_weight: float = opt(0.0, "of the label loss beside the LM loss, stage joint")
-    gumbel_tau: float = opt(1.0, "temperature of the plan gumbel")
-    warmup: float = opt(0.05, "share of a stage's steps in which the learning rate rises")
-    min_lr: float = opt(0.1, "share of the peak learning rate at a stage's end")
-    weight_decay: float = opt(0.1, "AdamW's, of matrices; not of label_emb")
-    beta2: float = opt(0.95, "AdamW's second beta")
-    grad_clip: float = opt(1.0, "largest gradient norm")
+    batch_size: int = opt(32, "windows in a micro-batch; rows of sentences in stage planner", 1)
+    grad_accum: int = opt(1, "micro-batches in a step", 1)
+    lm_steps: int = opt(1000, "steps of stage lm", 1)
+    planner_steps: int = opt(150, "steps of stage planner", 1)
+    joint_steps: int = opt(800, "steps of stage joint, for each plan", 1)
+    lm_lr: float = opt(2e-3, "peak learning rate of stage lm", 0)
+    planner_lr: float = opt(1e-3, "peak learning rate of stage planner", 0)
+    joint_lr: float = opt(2e-3, "peak learning rate of the GPT in stage joint", 0)
+    joint_planner_lr: float = opt(5e-4, "peak learning rate of the planner in stage joint", 0)
+    unfreeze_step: int = opt(0, "step of stage joint from which the planner is trained", 0)
+    gumbel_tau: float = opt(1.0, "temperature of the plan gumbel", 1e-3)
+    weight_decay: float = opt(0.1, "AdamW's, of matrices; not of label_emb", 0)
     # watching
-    eval_every: int = opt(200, "steps between validations; each stage's end is one in any case")
-    eval_tokens: int = opt(16384, "validation tokens of those; the final table takes all")
-    save_every: int = opt(100, "steps between checkpoints")
+    eval_every: int = opt(200, "steps between validations; each stage's end is one in any case", 1)
+    eval_tokens: int = opt(16384, "validation tokens of those; the final table takes all", 16)
+    save_every: int = opt(100, "steps between checkpoints", 1)
+
+    @property
+    def plan_names(self) -> list[str]:                  # in the order given, each once
+        return list(PLANS) if self.plans == "all" else list(dict.fromkeys(self.plans.split(",")))
 
     def check(self) -> None:
         """Raises ValueError for a value, or a combination, that can't be."""
-        choices = {"tokenizer": ("bpe", "gpt2"), "dtype": ("auto", "bfloat16", "float32"),
-                   "preset": tuple(PRESETS), "vectors": labelling.VECTORS,
-                   "planner_view": ("document", "window")}
-        for name, allowed in choices.items():
-            if (given := getattr(self, name)) not in allowed:
-                raise ValueError(f"{name}={given}: choose {' or '.join(allowed)}")
-        positive = ("n_layer n_head n_embd block_size n_labels kmeans_iters planner_layer "
-                    "planner_head planner_embd planner_reach batch_size grad_accum planner_batch "
-                    "lm_steps planner_steps joint_steps gumbel_tau grad_clip eval_every "
-                    "eval_tokens save_every")
-        for name in positive.split():
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be above 0")
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if f.type is float and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{f.name}={value}: must be finite and not below 0")
-        for n_head, n_embd in (("n_head", "n_embd"), ("planner_head", "planner_embd")):
-            if getattr(self, n_embd) % getattr(self, n_head):
-                raise ValueError(f"{n_head}={getattr(self, n_head)} does not divide "
-                                 f"{n_embd}={getattr(self, n_embd)}: choose one that does")
-        if self.vocab_size < 257:
-            raise ValueError(f"vocab_size={self.vocab_size}: must be at least 257, a token for "
-                             "each byte and one for <|endoftext|>")
-        if self.beta2 >= 1:
-            raise ValueError(f"beta2={self.beta2}: must be below 1")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: must not be below 0")
-        self.plan_names                              # raises, too
-
-    @property
-    def plan_names(self) -> list[str]:
-        """--plans as a list, in the order given."""
-        names = PLANS if self.plans == "all" else self.plans.split(",")
-        for name in names:
-            if name not in PLANS:
-                raise ValueError(f"plans={self.plans}: {name!r} is not one of {', '.join(PLANS)}, "
-                                 "all")
-        return list(dict.fromkeys(names))
+        for f in fields(self):
+            value, least = getattr(self, f.name), f.metadata["least"]
+            if value not in (f.metadata["choices"] or [value]):
+                raise ValueError(f"{f.name}={value}: choose {' or '.join(f.metadata['choices'])}")
+            if least is not None and not least <= value < math.inf:     # nan is refused here, too
+                raise ValueError(f"{f.name}={value}: must be finite and at least {least}")
+        if not set(self.plan_names) <= set(PLANS):
+            raise ValueError(f"plans={self.plans}: choose of {','.join(PLANS)}; or all")
+        if self.vocab_size > 1 << 16:                   # the store keeps a token in two bytes
+            raise ValueError(f"vocab_size={self.vocab_size}: must be at most 65536")
+        if self.n_embd % self.n_head:                   # each head has C / H of the width
+            raise ValueError(f"n_head={self.n_head} must divide n_embd={self.n_embd}")
 
 
-PRESETS = {
-    "laptop": {},
+PRESETS = {             # gpu is a GPT of 124 M parameters; its steps are 0.5 M tokens
+    "laptop": {},                           # the defaults: minutes on two CPU cores
     "tiny": dict(vocab_size=512, n_layer=1, n_head=2, n_embd=32, block_size=32, n_labels=8,
-                 planner_layer=1, planner_head=2, planner_embd=32, planner_reach=16, batch_size=8,
-                 planner_batch=8, lm_steps=20, planner_steps=20, joint_steps=20, eval_tokens=2048),
-    # a GPT of 124 M parameters; a step is 0.5 M tokens
+                 planner_layer=1, planner_reach=16, batch_size=8, lm_steps=20, planner_steps=20,
+                 joint_steps=20, eval_tokens=2048),     # seconds: to try things out
     "gpu": dict(tokenizer="gpt2", n_layer=12, n_head=12, n_embd=768, block_size=1024, n_labels=1024,
-                planner_layer=4, planner_head=12, planner_embd=768, planner_reach=128,
-                batch_size=32, grad_accum=16, planner_batch=128, lm_steps=2000, planner_steps=4000,
-                joint_steps=1000, lm_lr=6e-4, planner_lr=3e-4, joint_lr=3e-4, joint_planner_lr=3e-4,
-                eval_every=250, eval_tokens=262144, save_every=250, compile=True),
+                planner_layer=4, planner_reach=128, grad_accum=16, lm_steps=2000, lm_lr=6e-4,
+                planner_steps=1000, planner_lr=3e-4, joint_steps=1000, joint_lr=3e-4, compile=True,
+                joint_planner_lr=3e-4, eval_every=250, eval_tokens=262144, save_every=250),
 }
-
-# What each stage depends on, beside what the stages before it do. A finished stage is reused if
-# none of these changed; `plans`, what is watched, and where files lie change nothing.
-STAGE_OPTIONS = {
-    "lm": "fingerprint tokenizer vocab_size seed dtype n_layer n_head n_embd block_size batch_size "
-          "grad_accum lm_steps lm_lr warmup min_lr weight_decay beta2 grad_clip",
-    "labels": "vectors n_labels kmeans_iters",
-    "planner": "planner_layer planner_head planner_embd planner_reach planner_batch planner_steps "
-               "planner_lr",
-    "joint": "planner_view joint_steps joint_lr joint_planner_lr unfreeze_step label_loss_weight "
-             "gumbel_tau",
+STAGE_OPTIONS = {       # what a stage depends on, beside what those before it do; --resume keeps it
+    "lm": "data tokenizer vocab_size seed dtype n_layer n_head n_embd block_size batch_size "
+          "grad_accum lm_steps lm_lr weight_decay",
+    "labels": "n_labels",
+    "planner": "planner_layer planner_reach planner_steps planner_lr",
+    "joint": "planner_view joint_steps joint_lr joint_planner_lr unfreeze_step gumbel_tau",
 }
 
 
-def boolean(text: str) -> bool:
-    """true, false, 1 or 0; ValueError for anything else, which argparse reports."""
-    if text.lower() not in ("true", "false", "1", "0"):
-        raise ValueError
-    return text.lower() in ("true", "1")
+# --- the four stages ------------------------------------------------------------------------------
+
+def train(config: Config) -> None:
+    """All stages, one after the other, and the table of all plans on validation."""
+    run = begin(config)                                 # step 1: corpus and sentences
+    train_lm(run)
+    with rank_0_first(run):                             # the other ranks read what it fitted
+        make_labels(run)                                # step 2
+    train_planner(run)                                  # step 3
+    for plan in config.plan_names:                      # steps 4 and 5
+        train_joint(run, plan)
+    if run.rank == 0:
+        results = evaluate(run, run.corpus("val"), run.store().bytes["val"], "val")
+        data.write_json(run.out / "results.json", results)
+        print(table(results))
+    if run.world > 1:
+        dist.destroy_process_group()
 
 
-def saved_options(out_dir: Path) -> dict:
-    """The options in an out_dir's config.json, but for where it lies; none where there is none.
-    Raises ValueError where it is damaged."""
-    saved = evaluation.read_config(out_dir) if (out_dir / "config.json").exists() else {}
-    return {f.name: saved[f.name] for f in dataclasses.fields(Config)
-            if f.name not in ("out_dir", "resume") and type(saved.get(f.name)) is f.type}
+def train_lm(run: Run) -> None:
+    """A GPT without plans: its token embeddings make the labels, and every plan starts from it."""
+    model = run.new_model("none")
+    fit(run, "lm", model, [(model, run.config.lm_lr)], run.config.lm_steps)
 
 
-def parse_config(argv=None) -> Config:
-    """The command line over the preset over the defaults; with --resume over what the run in
-    out_dir was started with, so that a forgotten option does not undo its stages."""
-    parser = evaluation.Parser(prog="train.py", description=__doc__)
-    for f in dataclasses.fields(Config):
-        kind = boolean if f.type is bool else f.type
-        bare = dict(nargs="?", const=True) if f.type is bool else {}
-        parser.add_argument(f"--{f.name}", type=kind, metavar=f.type.__name__, default=None, **bare,
-                            help=f"{f.metadata['help'].replace('%', '%%')} [{f.default}]")
-    given = {k: value for k, value in vars(parser.parse_args(argv)).items() if value is not None}
-    preset = given.get("preset", Config.preset)
-    if preset not in PRESETS:
-        parser.error(f"preset={preset}: choose {' or '.join(PRESETS)}")
-    out_dir = Path(given.get("out_dir", Config.out_dir))
-    try:
-        before = saved_options(out_dir) if given.get("resume") else {}
-        config = Config(**(before | PRESETS[preset] | given))
-        config.check()
-    except ValueError as error:
-        parser.error(str(error))
-    return config
+def make_labels(run: Run) -> None:
+    """Step 2: sentence vectors and k-means, fitted on the training split alone."""
+    c, corpus = run.config, run.corpus("train")
+    if not run.has("labels"):
+        labeler = labels.Labeler(run.tokenizer.n_vocab, c.n_embd, c.n_labels)
+        labeler.fit_vectors(run.load("lm")["model"]["gpt.wte.weight"], corpus)      # (V, E)
+        corpus.vectors = labeler.embed(corpus)                              # (n, E)
+        device = run.device if run.device.type == "cuda" else "cpu"         # mps has no float64
+        centroids, label, loss = labels.kmeans(corpus.vectors, c.n_labels, c.seed, device=device)
+        labeler.centroids = centroids.cpu()                                 # (K, E)
+        corpus.labels = label.int().cpu().numpy()                           # (n,)
+        print(f"labels: k-means of {len(label):,} sentences into {c.n_labels}, inertia {loss:.0f}")
+        run.save("labels", {"model": labeler.state_dict(), "inertia": loss, "done": True,
+                            "bigram": labels.label_bigram(corpus, c.n_labels),      # (K+2, K)
+                            "descriptions": labels.describe(labeler, corpus, run.tokenizer)})
+    run.use_labels()                                    # from the file, first time or not
 
 
-# --- checkpoints ----------------------------------------------------------------------------------
-
-def save_checkpoint(path: Path, saved: dict) -> None:
-    """A failed save leaves the last one intact."""
-    with data.replacing(path) as working:
-        try:
-            torch.save({"format": evaluation.FORMAT, "stage": path.stem, **saved}, working)
-        except RuntimeError as error:                # as which torch reports a full disk
-            raise OSError(str(error).splitlines()[0]) from None
+def train_planner(run: Run) -> None:
+    """Step 3: the planner alone, on the label of the next sentence."""
+    planner = run.new_model("soft").planner             # any plan that has one will do
+    fit(run, "planner", planner, [(planner, run.config.planner_lr)], run.config.planner_steps)
 
 
-class Job:
-    """What all stages share: options, device, corpus, files."""
-
-    def __init__(self, config: Config):
-        self.config, self.out = config, Path(config.out_dir)
-        self.device = evaluation.choose_device(config.device)
-        self.rank, self.world = (int(os.environ.get(name, default))      # as torchrun sets them
-                                 for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-        if self.world > 1:
-            self._join()
-        if self.device.type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = True
-        stages = sorted(self.out.glob("*.pt"))
-        if stages and not config.resume:
-            raise ValueError(f"out_dir={self.out} holds {stages[0].name} already: go on with "
-                             "--resume, or choose another --out_dir")
-        with self.rank_0_first():
-            self.out.mkdir(parents=True, exist_ok=True)
-            if self.rank == 0:
-                self.lock = self._lock()
-                for left in self.out.glob("*.tmp"):  # by a run that was killed while it wrote
-                    left.unlink(missing_ok=True)
-            self.dtype = self._dtype()
-            self.store = data.prepare(config.data, config.tokenizer, config.vocab_size,
-                                      Path(config.cache_dir))
-            self.options = dataclasses.asdict(config) | {
-                "dtype": self.dtype, "fingerprint": self.store.meta["fingerprint"]}
-            if self.rank == 0:
-                data.save_tokenizer(self.out / "tokenizer.json", self.store.tokenizer)
-                content = self.options | {"versions": evaluation.versions()}
-                evaluation.write_json(self.out / "config.json",
-                                      content | {"digest": data.digest_of(content)})
-        self.train, self.val = self.store.split("train"), self.store.split("val")
-        if config.n_labels > self.train.n_sentences:
-            raise ValueError(f"n_labels={config.n_labels}: the training split has but "
-                             f"{self.train.n_sentences} sentences; ask for fewer labels, or give "
-                             "more text")
-        data.batch_starts(len(self.train.tokens), config.block_size, 1, (0,), 0)    # does it fit?
-        self.stop, self.known, self.ids = False, {}, {}
-
-    def _join(self) -> None:
-        """Joins the other processes that torchrun started."""
-        for name in ("batch_size", "planner_batch"):
-            if getattr(self.config, name) % self.world:
-                raise ValueError(f"{name}={getattr(self.config, name)} can't be shared by "
-                                 f"{self.world} processes: choose a multiple")
-        if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(self.device)
-        # rank 0 may prepare a corpus, or fit k-means, for long while the others wait
-        dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=12))
-        if self.rank:
-            sys.stdout = open(os.devnull, "w")       # one screen, one voice
-
-    @contextlib.contextmanager
-    def rank_0_first(self):
-        """Rank 0 goes through the block, and then the others, who find its files written."""
-        if self.rank:
-            dist.barrier()
-        yield
-        if self.world > 1 and self.rank == 0:
-            dist.barrier()
-
-    def averaged(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The means over ranks of some scalars; of the label loss, the mean of the ranks' means."""
-        if self.world == 1:
-            return values
-        stacked = torch.stack([value.float() for value in values.values()])
-        dist.all_reduce(stacked)
-        return dict(zip(values, stacked / self.world))
-
-    def _lock(self):
-        """The open file whose lock keeps a second process out; it ends with this process, however
-        that ends. Where there is no such lock (Windows, some network disks), nothing is kept."""
-        file = open(self.out / ".lock", "a")
-        try:
-            fcntl and fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise ValueError(f"out_dir={self.out} is in use by another run of train.py: wait for "
-                             "it, or choose another --out_dir") from None
-        except OSError:
-            pass
-        return file
-
-    def _dtype(self) -> str:
-        """The option, or what an earlier start of this run found out, or what is faster here."""
-        if self.config.dtype != "auto":
-            return self.config.dtype
-        try:
-            before = evaluation.read_config(self.out)["dtype"]
-        except (OSError, ValueError):
-            before = None
-        return before if before in ("bfloat16", "float32") else faster_dtype(self.device)
-
-    def depends(self, name: str) -> dict:
-        """What a stage's result depends on: options with their values, and the content of the
-        stages before it."""
-        stages = list(STAGE_OPTIONS)
-        needs = stages[:stages.index(name.split("_")[0]) + 1]
-        if name == "joint_none":                     # the plain GPT knows no labels, no planner
-            needs = ["lm", "joint"]
-        options = {option: self.options[option] for stage in needs
-                   for option in STAGE_OPTIONS[stage].split()}
-        return options | {f"{stage}.pt": self.ids[stage] for stage in needs
-                          if stage != name and stage in self.ids}
-
-    def load(self, name: str) -> dict | None:
-        """The checkpoint `name`, or None where there is none or its options changed."""
-        path = self.out / f"{name}.pt"
-        if not path.exists():
-            return None
-        saved = evaluation.load_checkpoint(path)
-        before = saved["depends"]
-        changed = [f"{key} was {before.get(key)}, is {value}"
-                   for key, value in self.depends(name).items() if before.get(key) != value]
-        if changed:
-            print(f"{name}: done anew, for {'; '.join(changed)}")
-            return None
-        if saved["done"]:
-            self.ids[name] = saved.get("id")         # the first runs' files have none
-        done = "finished before, reused" if saved["done"] else f"goes on at step {saved['step']}"
-        print(f"{name}: {done}")
-        return saved
-
-    def sentences(self, split: str, labeler: labelling.Labeler) -> tuple[np.ndarray, np.ndarray]:
-        """Vectors (n, E), a memory map, and labels (n,) of a split."""
-        if split not in self.known:
-            path = self.out / f"vectors.{split}.{labeler.fingerprint()}.npy"
-            vectors = labelling.embed_corpus(labeler, self.store.split(split), path)
-            labels = None if labeler.centroids is None else labelling.label_corpus(labeler, vectors)
-            self.known[split] = vectors, labels
-        return self.known[split]
-
-    def log(self, **entry) -> None:
-        """Adds a line to metrics.jsonl."""
-        if self.rank:
-            return
-        path = self.out / "metrics.jsonl"
-        with data.writing(path), open(path, "a") as file:
-            file.write(json.dumps(entry) + "\n")
-
-    def forget(self, name: str, step: int) -> None:
-        """Drops what metrics.jsonl has of a stage after a step: that is about to be done again;
-        and lines that are cut or damaged."""
-        path, kept = self.out / "metrics.jsonl", []
-        if self.rank or not path.exists():
-            return
-        for line in path.read_text("utf-8", "replace").split("\n")[:-1]:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                entry = json.loads(line)
-                if entry["stage"] != name or entry["step"] <= step:
-                    kept.append(line + "\n")
-        with data.replacing(path) as working:
-            working.write_text("".join(kept), "utf-8")
-
-
-def faster_dtype(device: torch.device) -> str:
-    """bfloat16 on a GPU that has it, and on a CPU that multiplies it much faster than float32."""
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    if device.type != "cpu":
-        return "float32"
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(2048, 256, dtype=dtype), torch.randn(256, 1024, dtype=dtype)
-        times = []
-        for _ in range(8):
-            begun = time.perf_counter()
-            a @ b
-            times.append(time.perf_counter() - begun)
-        seconds[dtype] = min(times)
-    return "bfloat16" if seconds[torch.float32] > 1.5 * seconds[torch.bfloat16] else "float32"
+def train_joint(run: Run, plan: str) -> None:
+    """Steps 4 and 5: the GPT under a plan, and end to end the planner, on the next-token loss."""
+    c, model = run.config, run.new_model(plan)
+    model.load_state_dict(run.load("lm")["model"], strict=False)    # the GPT, but for plan maps: 0
+    if plan != "none":
+        model.gpt.label_emb.data = run.labeler.centroids.cpu().clone()      # (K, C): here E = C
+    if model.planner is not None:                       # it predicts labels already
+        run.load("planner", model.planner)
+    parts = [(model.gpt, c.joint_lr)]
+    if plan in END_TO_END:                              # elsewhere the planner keeps its weights
+        parts.append((model.planner, c.joint_planner_lr))
+    fit(run, f"joint_{plan}", model, parts, c.joint_steps)
 
 
 # --- the loop -------------------------------------------------------------------------------------
 
-def learning_rate(step: int, steps: int, warmup: float, min_lr: float) -> float:
-    """Share of the peak: a linear rise, then a cosine down to min_lr."""
-    rise = max(1, round(warmup * steps))
-    if step < rise:
-        return (step + 1) / rise
-    fall = (step - rise) / max(1, steps - rise)
-    return min_lr + (1 - min_lr) * 0.5 * (1 + math.cos(math.pi * fall))
-
-
-def make_optimizer(config: Config, parts: list[tuple[torch.nn.Module, float]], fused: bool):
-    """AdamW over (module, peak learning rate); only matrices decay, and of those not label_emb."""
-    groups = []
-    for module, lr in parts:
-        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        decays = lambda name, p: p.dim() >= 2 and not name.endswith(("label_emb", "start"))
-        for decay in (True, False):
-            params = [p for name, p in named if decays(name, p) == decay]
-            groups.append({"params": params, "peak_lr": lr,
-                           "weight_decay": config.weight_decay if decay else 0.0})
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, config.beta2), fused=fused)
-
-
-def noise_generator(device: torch.device, *key: int) -> torch.Generator:
-    """A generator of its own for each key, whatever was drawn before."""
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state >> 1))
-
-
-@dataclass
-class Stage:
-    """What the loop needs to know of a stage."""
-    name: str
-    model: torch.nn.Module
-    parts: list                                      # [(module, peak learning rate)] to be trained
-    steps: int
-    batches: Callable                                # step -> [Batch], micro-batches of one size
-    losses: Callable                                 # (model, batch, generator) -> {"loss": .., ..}
-    validate: Callable                               # () -> {"val_..": number}
-    args: dict                                       # how to build the modules again, to be saved
-
-
-def gradients(job: Job, stage: Stage, run: torch.nn.Module, step: int) -> tuple[dict, int]:
-    """Leaves a step's gradients in the parameters; returns its losses, scalars averaged over the
-    micro-batches and the ranks, with "stop", above 0 if a rank was told to; and its tokens."""
-    batches, tokens = stage.batches(step), 0
-    total = {"stop": torch.tensor(float(job.stop), device=job.device)}
-    for micro, batch in enumerate(batches):
-        noise = noise_generator(job.device, job.config.seed, step, micro, job.rank)
-        early = job.world > 1 and micro + 1 < len(batches)       # ranks talk at the last one alone
-        with run.no_sync() if early else contextlib.nullcontext():
-            with evaluation.autocast(job.device, job.dtype):
-                found = stage.losses(run, batch.to(job.device), noise)
-            (found["loss"] / len(batches)).backward()
-        for key, value in found.items():
-            total[key] = total.get(key, 0.0) + value.detach() / len(batches)
-        tokens += job.world * (batch.tokens.numel() or batch.labels.numel())
-    return job.averaged(total), tokens
-
-
-def fit(job: Job, stage: Stage, saved: dict | None) -> None:
-    """Trains a stage, from its checkpoint `saved` if there is one, and leaves its checkpoint."""
-    config, name, model, steps = job.config, stage.name, stage.model, stage.steps
-    optimizer = make_optimizer(config, stage.parts, fused=job.device.type in ("cpu", "cuda"))
-    first, skipped, in_a_row = 0, 0, 0
-    if saved:
-        model.load_state_dict(saved["model"])
+def fit(run: Run, name: str, model: torch.nn.Module, parts: list, steps: int) -> None:
+    """Trains a model's parts, [(module, peak learning rate)], from the checkpoint NAME.pt if there
+    is one, and leaves it finished. Raises ValueError where a gradient is not finite."""
+    c, device, stage = run.config, run.device, name.split("_")[0]           # joint_soft -> joint
+    optimizer = make_optimizer(parts, c.weight_decay, device)
+    first_step = 0
+    if run.has(name):
+        saved = run.load(name, model)
+        print(f"{name}: " + ("finished before" if saved["done"] else f"from step {saved['step']}"))
         if saved["done"]:
             return
         optimizer.load_state_dict(saved["optimizer"])
-        first, skipped = saved["step"], saved["skipped"]
-    job.forget(name, first)
-    run = torch.nn.parallel.DistributedDataParallel(model) if job.world > 1 else model
-    run = torch.compile(run) if config.compile else run
-    late = list(model.planner.parameters()) if getattr(model, "planner", None) else []
-    tokens, begun = 0, time.perf_counter()
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, mininterval=0.5,
-               disable=job.rank > 0)
+        first_step = saved["step"]                  # nothing else: batches follow from the step
+    net = torch.compile(model) if c.compile else model
+    if run.world > 1:                               # averages gradients over ranks, in backward()
+        net = torch.nn.parallel.DistributedDataParallel(net)
+    tokens, since = 0, time.perf_counter()
+    bar = tqdm(range(first_step, steps), name, steps, initial=first_step, disable=run.rank > 0)
 
     for step in bar:
-        # 1. learning rate
-        share = learning_rate(step, steps, config.warmup, config.min_lr)
+        # 1. The learning rate rises over a twentieth of the steps, then falls along a cosine.
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * share
+            group["lr"] = group["peak_lr"] * learning_rate(step, steps)
 
-        # 2. gradients
-        total, n = gradients(job, stage, run, step)
-        stop = bool(total.pop("stop"))               # one rank was told to: all do, at this step
-        tokens += n
-        if step < config.unfreeze_step:
-            for p in late:
-                p.grad = None                        # no optimizer step where there is no gradient
+        # 2. Gradients, summed over the micro-batches of this step.
+        loss = torch.zeros((), device=device)
+        for micro in range(run.grad_accum):
+            net.require_backward_grad_sync = micro == run.grad_accum - 1    # ranks talk once a step
+            batch = make_batch(run, stage, step, micro).to(device)          # tokens (B, T)
+            noise = torch.Generator(device).manual_seed(hash((c.seed, step, micro, run.rank)))
+            with run.autocast():
+                if stage == "planner":                                      # nats a label
+                    micro_loss = label_loss(net(batch.vectors, batch.first), batch.labels)
+                else:                                                       # nats a token
+                    micro_loss, _ = net(batch, noise)
+            (micro_loss / run.grad_accum).backward()    # their sum is the gradient of the mean
+            loss += micro_loss.detach() / run.grad_accum
+            tokens += run.world * (batch.tokens.numel() or batch.labels.numel())
+        if stage == "joint" and step < c.unfreeze_step and model.planner is not None:
+            model.planner.zero_grad()               # without a gradient there is no step
 
-        # 3. clip and step; a step that is not finite is skipped, and several in a row end the run
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        if torch.isfinite(norm) and torch.isfinite(total["loss"]):
-            optimizer.step()
-            in_a_row = 0
-        else:
-            skipped, in_a_row = skipped + 1, in_a_row + 1
-            if in_a_row == 5:
-                raise ValueError(f"{name}: the loss or its gradient was not finite in 5 steps, up "
-                                 f"to {step + 1}; the last checkpoint is intact: lower the "
-                                 "learning rate, or go on with --resume")
-        optimizer.zero_grad(set_to_none=True)
+        # 3. Clip and step.
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)     # of both parts
+        optimizer.step()
+        optimizer.zero_grad()
 
-        # 4. log, validate, save
-        last = step + 1 == steps
-        if (step + 1) % 10 == 0 or last:
-            speed = tokens / (time.perf_counter() - begun)
-            tokens, begun = 0, time.perf_counter()
-            entry = {key: float(value) for key, value in total.items()}
-            job.log(stage=name, step=step + 1, **entry, lr=share, grad_norm=float(norm),
-                    skipped=skipped, per_second=speed)
-            unit = "labels" if name == "planner" else "tokens"
-            note = f", {skipped} skipped" if skipped else ""
-            bar.set_postfix_str(f"loss {entry['loss']:.3f}, {speed:,.0f} {unit}/s{note}")
-        if (step + 1) % config.eval_every == 0 or last:
-            job.log(stage=name, step=step + 1, **stage.validate())
-            tokens, begun = 0, time.perf_counter()   # the speed is that of training alone
-        if last:
-            job.ids[name] = labelling.digest(model.state_dict())
-        saving = last or stop or (step + 1) % config.save_every == 0
-        if saving and job.rank == 0:
-            save_checkpoint(job.out / f"{name}.pt", {
-                "depends": job.depends(name), "id": job.ids.get(name), "step": step + 1,
-                "done": last, "skipped": skipped, "model": model.state_dict(), **stage.args,
-                "optimizer": None if last else optimizer.state_dict()})
-        if stop:
-            bar.close()
-            raise KeyboardInterrupt
-    bar.close()
-    if job.world > 1:
-        dist.barrier()                               # the last checkpoint is there for all
+        # 4. Log, validate, save. Not in every step: to read the loss makes a GPU wait.
+        done, last = step + 1, step + 1 == steps
+        validating, saving = last or done % c.eval_every == 0, last or done % c.save_every == 0
+        if not (validating or saving or done % 10 == 0):
+            continue
+        if not math.isfinite(grad_norm):            # all later ones are not, either: none is missed
+            raise ValueError(f"{name}: the gradient is not finite by step {done}; the last "
+                             "checkpoint is intact: lower the learning rate (with --start)")
+        if run.world > 1:
+            dist.all_reduce(loss)                   # a sum over ranks
+        loss, speed = float(loss) / run.world, tokens / (time.perf_counter() - since)
+        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+        if run.rank == 0:
+            run.log(stage=name, step=done, loss=loss, grad_norm=float(grad_norm),
+                    lr=optimizer.param_groups[0]["lr"], tokens_per_second=speed)
+            if validating:                          # on rank 0 alone: the others wait
+                run.log(stage=name, step=done, **validate(run, model))
+            if saving:
+                run.save(name, {"step": done, "done": last, "model": model.state_dict(),
+                                "optimizer": None if last else optimizer.state_dict()})
+        tokens, since = 0, time.perf_counter()      # the speed is that of training alone
+    if run.world > 1:
+        dist.barrier()                              # the last checkpoint is there for all
 
 
-# --- the stages -----------------------------------------------------------------------------------
-
-STREAMS = {"lm": 0, "planner": 1, "joint": 2}        # of batches: each stage draws its own
-
-
-def train_lm(job: Job) -> tuple[GPT, dict]:
-    """Stage lm: a GPT without plans, and how to build it again."""
-    c = job.config
-    args = dict(vocab_size=job.store.tokenizer.n_vocab, block_size=c.block_size, n_layer=c.n_layer,
-                n_head=c.n_head, n_embd=c.n_embd, seed=c.seed)
-    model = PlannedGPT(GPT(**args), None, "none").to(job.device)
-    fit(job, Stage(
-        "lm", model, [(model, c.lm_lr)], c.lm_steps,
-        batches=lambda step: window_batches(job, step, "lm"),
-        losses=lambda run, batch, noise: {"loss": run(batch)[0]},
-        validate=lambda: validate_lm(job, model), args={"gpt_args": args}), job.load("lm"))
-    return model.gpt, args
+def make_batch(run: Run, stage: str, step: int, micro: int) -> data.Batch:
+    """A rank's micro-batch: a function of seed, stage and step, the same for all plans."""
+    c, corpus = run.config, run.corpus("train")
+    length, width = len(corpus.tokens), c.block_size
+    if stage == "planner":      # twice its reach, so that its last position is trained as well
+        length, width = corpus.n_sentences, min(2 * c.planner_reach, corpus.n_sentences // 2)
+    seed = c.seed, list(STAGE_OPTIONS).index(stage)     # each stage draws its own
+    starts = data.batch_starts(length, width, c.batch_size * c.grad_accum, seed, step)
+    starts = starts.reshape(run.grad_accum, run.world, -1)[micro, run.rank]   # (B,) its share
+    if stage == "planner":
+        return data.sentence_batch(corpus, starts, width)
+    return data.window_batch(corpus, starts, width, c.planner_reach, c.planner_view)
 
 
-def make_labels(job: Job, gpt: GPT, gpt_args: dict) -> labelling.Labeler:
-    """Stage labels: sentence vectors and k-means, on the training split alone."""
-    c = job.config
-    if saved := job.load("labels"):
-        return evaluation.load_labeler(saved).to(job.device)
-    labeler = labelling.fit_vectors(c.vectors, gpt, job.train, job.store.tokenizer.n_vocab)
-    vectors, _ = job.sentences("train", labeler)
-    # k-means sums in float64, which mps has not
-    labeler.centroids, labels, inertia = labelling.kmeans(
-        vectors, c.n_labels, c.seed, c.kmeans_iters,
-        device="cpu" if job.device.type == "mps" else job.device)
-    labeler.to(job.device)
-    labels = labels.cpu().numpy()
-    job.known.clear()                                # that was without labels
-    print(f"labels: k-means of {len(vectors):,} sentences into {c.n_labels}, inertia {inertia:.0f}")
-    described = labelling.describe(labeler, job.train, vectors, labels, job.store.tokenizer)
-    job.ids["labels"] = labelling.digest(labeler.state_dict())
-    save_checkpoint(job.out / "labels.pt", {
-        "depends": job.depends("labels"), "id": job.ids["labels"], "done": True,
-        "labeler": labeler.state_dict(),
-        "gpt_args": gpt_args if labeler.gpt else None, "inertia": inertia,
-        "transitions": labelling.transitions(labels, job.train, c.n_labels),
-        "descriptions": described})
-    return labeler
+def learning_rate(step: int, steps: int) -> float:
+    """Share of the peak: up along a line to 1, down along a cosine to 0.1."""
+    warmup = max(1, steps // 20)
+    fall = max(0, step - warmup) / max(1, steps - warmup)           # 0 before the peak, then to 1
+    return min(1, (step + 1) / warmup) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * fall)))
 
 
-def train_planner(job: Job, labeler: labelling.Labeler) -> None:
-    """Stage planner: to predict the next sentence's label, by cross-entropy."""
-    c = job.config
-    args = dict(n_vector=len(labeler.mean), n_labels=c.n_labels, n_layer=c.planner_layer,
-                n_head=c.planner_head, n_embd=c.planner_embd, reach=c.planner_reach, seed=c.seed)
-    planner = Planner(**args).to(job.device)
-    # twice its reach, so that its last position, which later sentences share, is trained as well
-    width = min(2 * c.planner_reach, job.train.n_sentences // 2)
-    vectors, labels = job.sentences("train", labeler)
-
-    def batches(step):
-        starts = data.batch_starts(job.train.n_sentences, width, c.planner_batch,
-                                   (c.seed, STREAMS["planner"]), step)
-        rows = starts[job.rank::job.world]
-        return [data.sentence_batch(job.train, rows, width, vectors, labels)]
-
-    def losses(run, batch, noise):
-        return {"loss": label_loss(run(batch.vectors, batch.first), batch.labels)}
-
-    fit(job, Stage("planner", planner, [(planner, c.planner_lr)], c.planner_steps, batches, losses,
-                   lambda: validate_planner(job, planner, labeler), {"planner_args": args}),
-        job.load("planner"))
-
-
-def train_joint(job: Job, plan: str, labeler: labelling.Labeler) -> None:
-    """Stage joint (step 5 of the method): GPT and planner on the next-token loss."""
-    c = job.config
-    if (saved := job.load(f"joint_{plan}")) and saved["done"]:
-        return
-    lm, planned = (evaluation.load_checkpoint(job.out / f"{name}.pt") for name in ("lm", "planner"))
-    args = {"gpt_args": lm["gpt_args"] | {"n_labels": 0 if plan == "none" else c.n_labels},
-            "planner_args": planned["planner_args"]}
-    gpt, planner = GPT(**args["gpt_args"]), Planner(**args["planner_args"])
-    stage_1 = {name.removeprefix("gpt."): value for name, value in lm["model"].items()}
-    gpt.load_state_dict(gpt.state_dict() | stage_1)
-    if plan != "none":
-        gpt.label_emb.data = initial_label_emb(labeler.centroids.cpu(), c.n_embd)
-    planner.load_state_dict(planned["model"])
-    model = PlannedGPT(gpt, planner, plan, c.gumbel_tau).to(job.device)
-    vectors, labels = job.sentences("train", labeler)
-    parts = [(model.gpt, c.joint_lr)]
-    if plan in END_TO_END:
-        parts.append((model.planner, c.joint_planner_lr))
-
-    def losses(run, batch, noise):
-        lm_loss, logits = run(batch, noise)
-        if plan not in END_TO_END:
-            return {"loss": lm_loss}
-        label = label_loss(logits, batch.labels)
-        return {"loss": lm_loss + c.label_loss_weight * label,
-                "lm_loss": lm_loss, "label_loss": label}
-
-    fit(job, Stage(f"joint_{plan}", model, parts, c.joint_steps,
-                   lambda step: window_batches(job, step, "joint", vectors, labels), losses,
-                   lambda: validate_lm(job, model, labeler), args), saved)
-
-
-def initial_label_emb(centroids: torch.Tensor, n_embd: int) -> torch.Tensor:
-    """Centroids (K, E) -> (K, C), through a fixed projection where the widths differ. Left as small
-    as they are (entries of about 0.05): scaled up to 0.2, wrong choices shout, and `hard` ends
-    above `none`."""
-    if centroids.shape[1] == n_embd:
-        return centroids.clone()                     # to be trained; the labels' own stay fixed
-    projection = torch.randn(centroids.shape[1], n_embd, generator=torch.Generator().manual_seed(0))
-    return centroids @ projection / n_embd ** 0.5
-
-
-def window_batches(job: Job, step: int, stage: str, vectors=None, labels=None):
-    """The micro-batches of a step, or this rank's share of them: a function of the seed, the stage
-    and the step; the same for all plans."""
-    c = job.config
-    starts = data.batch_starts(len(job.train.tokens), c.block_size, c.batch_size * c.grad_accum,
-                               (c.seed, STREAMS[stage]), step)
-    return [data.window_batch(job.train, rows, c.block_size, vectors, labels, c.planner_reach,
-                              c.planner_view)
-            for rows in starts[job.rank::job.world].reshape(c.grad_accum, -1)]
-
-
-def validate_lm(job: Job, model: PlannedGPT, labeler: labelling.Labeler | None = None) -> dict:
-    """Nats a token on the first eval_tokens of validation, and what the planner says there."""
-    c = job.config
-    vectors, labels = job.sentences("val", labeler) if labeler else (None, None)
-    found = evaluation.score(model, job.val, vectors, labels, c.planner_reach, c.planner_view,
-                             context=evaluation.autocast(job.device, job.dtype),
-                             max_tokens=c.eval_tokens)
-    if model.planner is None:
-        return {"val_nll": float(found.nll.mean())}
-    known = ~np.isnan(found.ce)
-    return {"val_nll": float(found.nll.mean()), "val_label_nats": float(found.ce[known].mean()),
-            "val_top1": float((found.rank[known] == 0).mean()),
-            "val_entropy": float(found.entropy[known].mean())}
+def make_optimizer(parts: list, weight_decay: float, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW over [(module, peak learning rate)]; only matrices decay, of those not label_emb."""
+    groups = []
+    for module, lr in parts:
+        decayed, others = [], []
+        for name, p in module.to(device).named_parameters():
+            decays = p.dim() >= 2 and not name.endswith("label_emb")    # no norms, no biases
+            (decayed if decays else others).append(p)
+        groups.append({"params": decayed, "peak_lr": lr, "weight_decay": weight_decay})
+        groups.append({"params": others, "peak_lr": lr, "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type != "mps")
 
 
 @torch.no_grad()
-def validate_planner(job: Job, planner: Planner, labeler: labelling.Labeler) -> dict:
-    """Nats a label on the first eval_tokens / 16 sentences of validation."""
-    vectors, labels = job.sentences("val", labeler)
-    width = min(2 * job.config.planner_reach, len(labels))
-    end = max(width, min(len(labels), job.config.eval_tokens // 16))
-    starts = np.arange(0, end - width + 1, width)
-    batch = data.sentence_batch(job.val, starts, width, vectors, labels).to(job.device)
-    return {"val_label_nats": float(label_loss(planner(batch.vectors, batch.first), batch.labels))}
+def validate(run: Run, model: torch.nn.Module) -> dict:
+    """Nats a token, and the planner's figures, on the first eval_tokens of validation."""
+    corpus, n = run.corpus("val"), run.config.eval_tokens
+    if isinstance(model, Planner):      # alone, on one long row; a sentence has about 16 tokens
+        row = data.sentence_batch(corpus, corpus.documents[:1], min(corpus.n_sentences, n // 16))
+        row = row.to(run.device)                                            # vectors (1, S, E)
+        return {"val_label_nats": label_loss(model(row.vectors, row.first), row.labels).item()}
+    figures = summary(run.score(model, corpus, max_tokens=n), corpus, 1)     # no bits per byte
+    names = {"nll": "val_nll", "planner_ce": "val_label_nats", "planner_acc": "val_top1",
+             "planner_entropy": "val_entropy"}
+    return {new: figures[old] for old, new in names.items() if figures[old] is not None}
 
 
-def run(config: Config) -> dict:
-    """All stages; returns the content of results.json."""
-    job = Job(config)
-    splits = job.store.meta["splits"]
-    print(f"data: {config.data}, fingerprint {job.store.meta['fingerprint']}: "
-          + ", ".join(f"{s['tokens']['length']:,} {name} tokens" for name, s in splits.items())
-          + f"; {job.device}, {job.dtype}")
+def begin(config: Config) -> Run:
+    """Opens out_dir for training. Raises ValueError where options do not fit the corpus, or it."""
+    run = Run(config)
+    run.rank, run.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    common = math.gcd(config.grad_accum, run.world)
+    run.grad_accum = config.grad_accum // common        # ranks share a step's micro-batches, and
+    share = run.world // common                         # where those are too few, the rows of each
+    if config.batch_size % share:                       # else ranks would differ in their rows
+        raise ValueError(f"batch_size={config.batch_size}: {run.world} processes share it, choose "
+                         f"a multiple of {share}")
+    if config.resume:                                   # run.store() looks whether the text is this
+        run.fingerprint = data.read_json(run.out / "config.json", "fingerprint")["fingerprint"]
+    elif any(run.out.glob("*.pt")):                     # before join: later, rank 0 writes some
+        raise ValueError(f"out_dir={run.out} holds a run: choose another, or continue by --resume")
+    if run.world > 1:
+        join(run)
+    torch.backends.cuda.matmul.allow_tf32 = True        # what stays in float32 is faster on a GPU
+    with rank_0_first(run):                             # it prepares, the others open
+        run.out.mkdir(parents=True, exist_ok=True)
+        store = run.store()                             # step 1: the corpus, cut into sentences
+        run.fingerprint, run.tokenizer = store.fingerprint, store.tokenizer
+        if run.rank == 0:
+            data.save_tokenizer(run.out / "tokenizer.json", store.tokenizer)
+            about = {"fingerprint": store.fingerprint, "versions": versions()}
+            data.write_json(run.out / "config.json", asdict(config) | about)
+            if config.start and not config.resume:      # a continued run has its own by now
+                copy_stages(run, Path(config.start))
+    corpus = run.corpus("train")
+    if config.n_labels > corpus.n_sentences:
+        raise ValueError(f"n_labels={config.n_labels}: the training split has but "
+                         f"{corpus.n_sentences} sentences; ask for fewer, or give more text")
+    print(f"data: {config.data}, fingerprint {run.fingerprint}, {len(corpus.tokens):,} training "
+          f"tokens; {run.device}, {'bfloat16' if run.autocast()._enabled else 'float32'}")
+    return run
 
-    def stop(signum, frame):                         # a second signal ends it at once
-        job.stop = True
-        signal.signal(signum, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    gpt, gpt_args = train_lm(job)
-    with job.rank_0_first():
-        labeler = make_labels(job, gpt, gpt_args)
-    train_planner(job, labeler)
-    for plan in config.plan_names:
-        train_joint(job, plan, labeler)
-    if job.world > 1:
-        dist.destroy_process_group()
-    if job.rank:
-        return {}
-    trained = evaluation.Run.open(job.out, str(job.device))
-    results = evaluation.evaluate(trained, job.val, splits["val"]["bytes"], "val")
-    evaluation.write_json(job.out / "results.json", results)
-    print(evaluation.table(results))
-    return results
+def copy_stages(run: Run, source: Path) -> None:
+    """Copies the finished stages of another run, up to the first that the options change."""
+    other = Run(replace(run.config, out_dir=str(source)))
+    saved = data.read_json(source / "config.json", "fingerprint")
+    wanted = asdict(run.config) | {"fingerprint": run.fingerprint}          # of the text
+    for stage, options in STAGE_OPTIONS.items():
+        changed = [f"{option}={wanted[option]}" for option in ["fingerprint", *options.split()]
+                   if wanted[option] != saved[option]]
+        if changed:                                     # the stages after it begin with its result
+            return print(f"start: from stage {stage} on all is trained anew: {', '.join(changed)}")
+        plans = [f"joint_{plan}" for plan in run.config.plan_names]
+        for name in plans if stage == "joint" else [stage]:
+            if other.has(name) and other.load(name)["done"]:
+                run.save(name, other.load(name))
 
 
-def keep_memory() -> None:
-    """Asks glibc to keep large blocks that are freed: to get them from the system again in each
-    step takes a twentieth of its time on a CPU. Where the C library is another, nothing."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        for option, size in ((-1, 1 << 30), (-3, 1 << 25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, size)
+def join(run: Run) -> None:
+    """Joins torchrun's other processes (ranks): each trains on its share of every batch."""
+    if run.device.type == "cuda":                       # one GPU for each rank of this machine
+        run.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(run.device)
+    dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo",
+                            timeout=timedelta(hours=12))    # rank 0 may prepare a corpus for long
+    if run.rank:
+        sys.stdout = open(os.devnull, "w")              # one screen, one voice
+
+
+@contextlib.contextmanager
+def rank_0_first(run: Run):
+    """Rank 0 goes through the block, and then the others, who find its files written."""
+    if run.rank:
+        dist.barrier()                                  # until rank 0 is through
+    yield
+    if run.world > 1 and run.rank == 0:
+        dist.barrier()                                  # lets the others go
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+def boolean(text: str) -> bool:
+    return ("false", "0", "true", "1").index(text.lower()) >= 2     # else ValueError, for argparse
+
+
+def parse_config(argv=None) -> Config:
+    """The command line, over the options of another run (--resume, --start), or over a preset."""
+    parser = Parser(prog="train.py", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawTextHelpFormatter,
+                    argument_default=argparse.SUPPRESS)     # what is not given is not in the result
+    for f in fields(Config):
+        kind = {"type": f.type, "metavar": "|".join(f.metadata["choices"]) or f.type.__name__}
+        if f.type is bool:
+            kind |= {"type": boolean, "nargs": "?", "const": True}      # --resume is --resume=true
+        parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} [{f.default}]", **kind)
+    options = vars(parser.parse_args(argv))
+    with one_line_errors("train.py"):
+        config = Config(**inherited_options(options) | options)
+        config.check()
+    return config
+
+
+def inherited_options(options: dict) -> dict:
+    """What `options` leave open, of a run or preset. Raises ValueError for a forbidden change."""
+    resume = options.get("resume", False)
+    out_dir = options.get("out_dir", Config.out_dir) if resume else options.get("start")
+    if not out_dir:                                     # neither --resume nor --start
+        return PRESETS.get(options.get("preset"), {})   # `check` refuses an unknown one
+    names = [f.name for f in fields(Config) if f.name not in ("out_dir", "resume", "start")]
+    saved = data.read_json(Path(out_dir) / "config.json", *names)
+    stages = STAGE_OPTIONS.values() if resume else []   # a finished stage is not trained again
+    for name in ["preset", *" ".join(stages).split()]:
+        if name in options and options[name] != saved[name]:
+            raise ValueError(f"{name}={options[name]}, but {out_dir} has {name}={saved[name]}: "
+                             f"keep it, or begin another run with --start={out_dir} --out_dir=NEW")
+    return {name: saved[name] for name in names}
 
 
 def main(argv=None):
-    keep_memory()
     config = parse_config(argv)
-    with evaluation.one_line_errors("train.py"):
-        try:
-            run(config)
-        except KeyboardInterrupt:
-            print("train.py: stopped and saved: go on with python train.py --resume "
-                  f"--out_dir={config.out_dir}", file=sys.stderr)
-            sys.exit(130)
+    try:
+        with one_line_errors("train.py"):               # bad input: one line, exit code 2
+            train(config)
+    except KeyboardInterrupt:
+        print("train.py: interrupted; continue with python train.py --resume "
+              f"--out_dir={config.out_dir}", file=sys.stderr)
+        sys.exit(130)                                   # as shells report an interrupt
 
 
 if __name__ == "__main__":

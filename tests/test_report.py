@@ -1,197 +1,114 @@
-"""The report page: it stands alone, holds what it promises, and shows any text as text."""
+"""The report page holds a run's own figures, needs no other file, and shows any text as text."""
 import json
 import re
+import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
-import eval as evaluation
 import train
-from model import PLANS, USES_PLANNER
+from eval import Run, evaluate
+from model import NO_PLANNER, PLANS
 
-MARKUP = ["</script><script>alert(1)</script>", "<!-- never closed",
-          "<b class='x'>\"bold\"</b> & co", "\u2028 café 日本 \U0001f600 \x01"]
-PAGE_LIMIT = 2_000_000
+sys.path.append(str(Path(__file__).parent.parent / "assets"))
+import report
 
-
-def trained(folder: Path, plans: str) -> tuple[evaluation.Run, dict]:
-    """A run of a second or two on documents with markup in every one, and its results."""
-    documents = [f"Sentence number {i} of a small text. It quotes {MARKUP[i // 20]} and goes on "
-                 f"for a while. {MARKUP[i // 20]} closes document number {i}.\n"
-                 "The end of it all, once more."
-                 for i in range(80)]
-    (folder / "text.txt").write_text("\n<|endoftext|>\n".join(documents), encoding="utf-8")
-    options = dict(preset="tiny", data=folder / "text.txt", out_dir=folder / "out",
-                   cache_dir=folder / "cache", vocab_size=300, lm_steps=4, planner_steps=4,
-                   joint_steps=4, device="cpu", dtype="float32", plans=plans)
-    arguments = [f"--{name}={value}" for name, value in options.items()]
-    results = train.run(train.parse_config(arguments))
-    return evaluation.Run.open(folder / "out", "cpu"), results
+MARKUP = ["</script><script>alert(1)</script>", "<!-- never closed", "<b class='x'>\"bold\"</b> &",
+          "\u2028 café 日本 \U0001f600 \x01"]
 
 
 @pytest.fixture(scope="module")
-def all_plans(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("report"), "all")
+def run(tmp_path_factory):
+    """All plans, trained for a few steps on documents full of markup, and their page."""
+    folder = tmp_path_factory.mktemp("report")
+    documents = [f"Sentence number {i} of a small text. It quotes {' and also '.join(MARKUP)} and "
+                 f"goes on for a while.\nThe end of document number {i}." for i in range(80)]
+    (folder / "text.txt").write_text("\n<|endoftext|>\n".join(documents), "utf-8")
+    options = dict(preset="tiny", data=folder / "text.txt", out_dir=folder / "out", plans="all",
+                   cache_dir=folder / "cache", vocab_size=300, device="cpu", dtype="float32")
+    train.main([f"--{name}={value}" for name, value in options.items()])
+    report.main([f"--out_dir={folder / 'out'}", "--device=cpu"])
+    return Run.open(folder / "out", "cpu")
 
 
-def page_of(run, results) -> str:
-    path = run.out_dir / "report.html"
-    evaluation.write_report(run, path, run.corpus("val"), results)
-    assert path.stat().st_size < PAGE_LIMIT
-    return path.read_text("utf-8")
+class Page(HTMLParser):
+    """A run's page as a browser reads it: names of elements and attributes, styles, data, code."""
 
-
-@pytest.fixture(scope="module")
-def page(all_plans):
-    return page_of(*all_plans)
-
-
-class Elements(HTMLParser):
-    """The elements of a page with their attributes, and the text within each script,
-    read as a browser does."""
-
-    def __init__(self, text: str):
+    def __init__(self, run: Run):
         super().__init__()
-        self.found, self.scripts = [], []
-        self.feed(text)
+        self.names, self.texts = set(), []
+        self.feed((run.out / "report.html").read_text("utf-8"))
+        self.styles, json_text, self.code = self.texts
+        self.data = json.loads(json_text, parse_constant=pytest.fail)       # NaN is not JSON
 
     def handle_starttag(self, tag, attributes):
-        self.found.append((tag, dict(attributes)))
-        if tag == "script":
-            self.scripts.append("")
+        self.names |= {tag, *dict(attributes)}
+        if tag in ("script", "style"):
+            self.texts.append("")
 
     def handle_data(self, text):
-        if self.found and self.found[-1][0] == "script":
-            self.scripts[-1] += text
+        if self.lasttag in ("script", "style"):
+            self.texts[-1] += text
 
 
-def data_of(page: str) -> dict:
-    def refuse(name):
-        raise AssertionError(f"{name} is not JSON")
-
-    return json.loads(Elements(page).scripts[0], parse_constant=refuse)
-
-
-def test_the_page_fetches_nothing(page):
-    for tag, attributes in Elements(page).found:
-        assert tag not in ("link", "img", "iframe", "object", "embed", "base")
-        for name in ("src", "href", "action", "data", "style"):
-            value = attributes.get(name) or ""
-            assert not re.match(r"\s*(?!#)\S*(//|url\()", value), (tag, attributes)
-    styles = re.search(r"<style>(.*?)</style>", page, re.DOTALL)[1]
-    assert "url(" not in styles and "@import" not in styles
-    code = Elements(page).scripts[1]
-    forbidden = (r"\b(fetch|XMLHttpRequest|WebSocket|import|eval|innerHTML|outerHTML"
-                 r"|document\.write)\b")
-    assert not re.search(forbidden, code)
+def test_the_page_loads_nothing(run):
+    page = Page(run)
+    assert not page.names & {"link", "iframe", "object", "base", "src"}
+    assert not re.search(r"\b(fetch|XMLHttp|import|innerHTML|url)\b", page.styles + page.code)
 
 
-def test_markup_in_a_corpus_stays_text(all_plans, page):
-    elements = Elements(page)
-    assert [tag for tag, _ in elements.found].count("script") == 2
-    assert "<" not in elements.scripts[0] and "alert" in elements.scripts[0]
-    tokens = data_of(page)["documents"]["tokens"]
-    text = "".join(tokens)
-    for markup in MARKUP:
-        assert markup in text, "the page holds another text than the corpus"
+def test_no_text_of_the_corpus_ends_the_element_that_holds_it(run):
+    assert all(markup in "".join(Page(run).data["documents"]["tokens"]) for markup in MARKUP)
 
 
-def test_the_table_is_evaluates(all_plans, page):
-    run, results = all_plans
-    fresh = evaluation.evaluate(run, run.corpus("val"), results["bytes"], "val")
-    saved = json.loads((run.out_dir / "results.json").read_text())
-    assert data_of(page)["results"] == fresh == saved
+def test_the_figures_are_evals(run):
+    results = evaluate(run, run.corpus("val"), run.store().bytes["val"], "val")
+    assert Page(run).data["results"] == results
 
 
-def test_every_token_has_the_nats_of_every_plan(all_plans, page):
-    run, results = all_plans
-    found = data_of(page)["documents"]
-    corpus = evaluation.example_documents(run.corpus("val"), run.tokenizer)
-    assert list(found["nll"]) == list(results["plans"]) == list(PLANS)
-    vectors, labels = run.sentences(corpus)
-    assert found["labels"] == labels.tolist() and len(found["tokens"]) == len(corpus.tokens)
-    for plan, nll in found["nll"].items():
-        scored = evaluation.score(run.model(plan), corpus, vectors, labels,
-                                  run.config["planner_reach"], run.config["planner_view"])
-        assert nll == pytest.approx(scored.nll, abs=1e-4)
-    assert set(found["top"]) == set(found["prob"]) == set(USES_PLANNER)
-    for rows in found["prob"].values():
-        for row in rows[1:len(labels)]:
-            assert row == sorted(row, reverse=True) and 0 < sum(row) <= 1.001
+def test_every_token_has_the_nats_of_every_plan(run):
+    documents = Page(run).data["documents"]
+    corpus = run.label(report.example_documents(run.corpus("val"), run.tokenizer))
+    assert list(documents["nll"]) == list(PLANS) and documents["labels"] == corpus.labels.tolist()
+    for plan, nll in documents["nll"].items():
+        scores = run.score(run.model(plan), corpus)
+        assert nll == pytest.approx(scores.nll, abs=1e-4)
+        said = scores.label_log_probs
+        assert (plan in documents["top"]) == (said is not None)
+        if said is not None:
+            assert [top[0] for top in documents["top"][plan]] == [
+                0 if row[0] != row[0] else row.argmax() for row in said]
 
 
-def test_labels_curves_and_sample_are_there(all_plans, page):
-    run, _ = all_plans
-    found = data_of(page)
-    assert len(found["labels"]) == run.config["n_labels"] and 0 <= found["variance"] <= 1.000001
-    for label, described in zip(found["labels"], run.saved_labels["descriptions"]):
-        assert len(label["place"]) == 2 and label["words"] == described["words"]
-        assert sum(share for _, share in label["next"]) <= 1.002
-    assert set(found["curves"]) == {"lm", "planner", *(f"joint_{plan}" for plan in PLANS)}
-    assert [step for step, _ in found["curves"]["joint_soft"]["label_loss"]] == [4]
-    assert found["sample"]["plan"] == "soft"
-    sentences = found["sample"]["sentences"]
-    assert not sentences[0]["written"] and sentences[-1]["written"]
+def test_labels_on_a_plane_keep_their_distances(run):
+    flat = Run.open(run.out, "cpu")
+    flat.labeler.centroids[:, 2:] = 0
+    places = torch.tensor([label["place"] for label in report.label_map(flat)["labels"]])
+    expected = torch.cdist(flat.labeler.centroids, flat.labeler.centroids)
+    assert torch.allclose(torch.cdist(places, places), expected, atol=1e-3)
 
 
-def test_principal_components_keep_distances_within_a_plane(all_plans):
-    run, _ = all_plans
-    centroids, flat = run.labeler.centroids, run.labeler.centroids.clone()
-    flat[:, 2:] = 0
-    run.labeler.centroids = flat
-    found = evaluation.label_map(run)
-    run.labeler.centroids = centroids
-    places = flat.new_tensor([label["place"] for label in found["labels"]])
-    distances = [(x[:, None] - x).norm(dim=2) for x in (places, flat)]
-    assert distances[0] == pytest.approx(distances[1], abs=1e-3)
-    assert found["variance"] == pytest.approx(1)
-
-
-@pytest.mark.parametrize("plans", ["none", "soft", "oracle"])
-def test_a_run_of_one_plan_has_a_page(tmp_path, plans):
-    run, results = trained(tmp_path, plans)
-    (run.out_dir / "metrics.jsonl").unlink()
-    found = data_of(page_of(run, results))
-    assert list(found["documents"]["nll"]) == [plans] and found["curves"] == {}
-    assert (found["sample"] is None) == (plans == "oracle")
-
-
-def test_a_damaged_line_of_metrics_is_passed_over(tmp_path):
+def test_curves_take_the_last_line_of_a_step_and_pass_over_damaged_ones(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"stage": "lm", "step": 10, "loss": 2.5, "lr": 1}\nnot json\n[1]\n'
-                     b'{"stage": "lm"}\n\xff\xfe\n{"stage": "lm", "step": 20, "loss": NaN}\n'
-                     b'{"stage": "lm", "step": 30, "val_nll": 2.25}\n'
-                     b'{"stage": "lm", "step": 40, "lo')
-    points = evaluation.read_curves(path)["lm"]
-    assert points["loss"][0] == [10, 2.5] and len(points["loss"]) == 2
-    assert points["val_nll"] == [[30, 2.25]]
-    assert evaluation.read_curves(tmp_path / "none.jsonl") == {}
+    path.write_text('{"stage": "lm", "step": 10, "loss": 9.5}\n{"stage": "lm", "step": 20, "loss": '
+                    'NaN}\nnot json\n[1]\n{"step": 3}\n{"stage": "lm", "step": 30, "loss": 7}\n'
+                    '{"stage": "lm", "step": 10, "loss": 8.5}\n{"stage": "lm", "step": 40, "lo')
+    assert report.read_curves(path) == {"lm": {"loss": [(10, 8.5), (30, 7)]}}
+    path.write_text("\n".join(f'{{"stage": "lm", "step": {i}, "loss": 1}}' for i in range(5001)))
+    points = report.read_curves(path, limit=200)["lm"]["loss"]
+    assert len(points) <= 200 and points[-1][0] == 5000
 
 
-def test_long_curves_are_thinned_and_keep_their_end(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    lines = [json.dumps({"stage": "lm", "step": step, "loss": 1.0}) + "\n"
-             for step in range(1, 5001)]
-    path.write_text("".join(lines))
-    steps = [step for step, _ in evaluation.read_curves(path, limit=200)["lm"]["loss"]]
-    assert len(steps) <= 200 and steps[-1] == 5000 and steps == sorted(steps)
-
-
-def test_the_command_writes_the_page(all_plans, capsys):
-    run, results = all_plans
-    path = run.out_dir / "by_command.html"
-    evaluation.main([f"--out_dir={run.out_dir}", f"--report={path}", "--device=cpu"])
-    assert data_of(path.read_text("utf-8"))["results"] == results
-    assert "perplexity" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("where", ["missing/report.html", ".", "/dev/null"])
-def test_a_path_that_can_not_be_written_is_one_line(all_plans, tmp_path, capsys, where):
-    run, _ = all_plans
+@pytest.mark.parametrize("name", ["config.json", "report.html"])
+def test_what_can_not_be_read_or_written_is_one_line(run, tmp_path, capsys, name):
+    out = shutil.copytree(run.out, tmp_path / "out")
+    (out / name).unlink()
+    (out / name).mkdir()
     with pytest.raises(SystemExit) as stopped:
-        evaluation.main([f"--out_dir={run.out_dir}", f"--report={tmp_path / where}"])
+        report.main([f"--out_dir={out}"])
     error = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert error.count("\n") == 1 and error.startswith("eval.py: error: ")
-    assert str(tmp_path / where) in error
+    assert stopped.value.code == 2 and error.count("\n") == 1, error
+    assert error.startswith("report.py: error: ") and str(out / name) in error

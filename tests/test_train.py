@@ -1,576 +1,562 @@
-"""Properties of whole runs: resuming, bad input, what a run leaves behind, and a corpus whose
-best possible score is known. Runs are made in this process where they can be, and by the real
-command where that matters.
-"""
-import dataclasses
+"""Properties of whole runs: options, bad input, resuming, kills, and what a run leaves behind. Runs
+are made in this process where they can be; in a forked one where they are killed."""
+import importlib
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
-import shlex
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
-import data
 import eval as evaluation
-import labels as labelling
+import labels
 import train
+from data import EOT
+from model import END_TO_END, PLANS
 
 ROOT = Path(__file__).parent.parent
+SHARED = ("lm", "labels", "planner")                # the stages that all plans start from
 
 
-def made_up_text(n_documents: int, seed: int = 0) -> str:
-    """Documents of two to six sentences with a little structure, separated as in a .txt corpus."""
-    draw = random.Random(seed)
-    words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(3, 7))) for _ in range(60)]
-    sentence = lambda: " ".join(draw.choices(words, k=draw.randint(5, 9))).capitalize() + "."
-    document = lambda: " ".join(sentence() for _ in range(draw.randint(2, 6)))
-    return "\n<|endoftext|>\n".join(document() for _ in range(n_documents)) + "\n"
+def write_corpus(path, n_documents):
+    """Documents of a few sentences of made-up words."""
+    draw, texts = random.Random(0), []
+    words = ["".join(draw.choices("abcdefghijklmnop", k=5)) for _ in range(60)]
+    for _ in range(n_documents):
+        sentences = [" ".join(draw.choices(words, k=7)) for _ in range(draw.randint(3, 7))]
+        texts.append(". ".join(sentences) + ".")
+    path.write_text(f"\n{EOT}\n".join(texts), "utf-8")
+    return path
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    path = tmp_path_factory.mktemp("corpus") / "text.txt"
-    path.write_text(made_up_text(300))
-    return path
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "text.txt", 60)
 
 
 def options(corpus, out, **more):
-    """Command-line arguments of a run of a second or two."""
-    given = dict(preset="tiny", data=corpus, out_dir=out, cache_dir=Path(corpus).parent / "cache",
-                 vocab_size=300, lm_steps=6, planner_steps=6, joint_steps=6, eval_every=3,
-                 save_every=2, device="cpu", dtype="float32") | more
-    return [f"--{name}={value}" for name, value in given.items()]
+    """Command-line arguments of a run of a fifth of a second."""
+    chosen = dict(preset="tiny", data=corpus, out_dir=out, cache_dir=Path(corpus).parent / "cache",
+                  vocab_size=300, n_embd=16, block_size=16, n_labels=4, planner_reach=4,
+                  lm_steps=6, planner_steps=6, joint_steps=6, plans="none,gumbel,soft",
+                  eval_every=2, eval_tokens=256, save_every=2, device="cpu", dtype="float32")
+    return [f"--{name}={value}" for name, value in (chosen | more).items()]
 
 
 def run(corpus, out, **more):
-    return train.run(train.parse_config(options(corpus, out, **more)))
+    train.main(options(corpus, out, **more))
+    return out
 
 
 @pytest.fixture(scope="session")
 def trained(corpus, tmp_path_factory):
-    """A finished run of all nine plans."""
-    out = tmp_path_factory.mktemp("trained") / "out"
-    run(corpus, out, plans="all")
+    """A finished run of all plans."""
+    return run(corpus, tmp_path_factory.mktemp("trained") / "out", plans="all")
+
+
+def interrupt(*_):
+    signal.raise_signal(signal.SIGINT)
+
+
+def act_at(patch, module, name, n, act=interrupt):
+    """Does something, a Ctrl-C unless told, before the n-th call of a function."""
+    original, calls = getattr(module, name), itertools.count(1)
+
+    def wrapped(*arguments, **named):
+        if next(calls) == n:
+            act(*arguments)
+        return original(*arguments, **named)
+
+    patch.setattr(module, name, wrapped)
+
+
+@pytest.fixture(scope="session")
+def half(corpus, tmp_path_factory):
+    """A run that ended in the midst of stage lm."""
+    out = tmp_path_factory.mktemp("half") / "out"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        act_at(patch, train, "make_batch", 3)
+        run(corpus, out)
     return out
 
 
-def tensors(path):
-    """All tensors of a checkpoint, flattened to {name: tensor}."""
-    def walk(value, name):
-        if isinstance(value, torch.Tensor):
-            yield name, value
-        elif isinstance(value, dict):
-            for key, inner in value.items():
-                yield from walk(inner, f"{name}.{key}")
-    return dict(walk(evaluation.load_checkpoint(path), path.name))
-
-
-# --- resuming -------------------------------------------------------------------------------------
-
-class Interrupted(Exception):
-    pass
-
-
-@pytest.mark.parametrize("stage", ["lm", "planner", "joint_none", "joint_gumbel", "joint_soft"])
-def test_interrupted_and_resumed_equals_undisturbed(stage, corpus, trained, tmp_path, monkeypatch):
-    out, log = tmp_path / "out", train.Job.log
-
-    def failing(self, **entry):              # at a validation, which does not coincide with a save
-        if entry["stage"] == stage and entry["step"] == 3:
-            raise Interrupted
-        log(self, **entry)
-
-    monkeypatch.setattr(train.Job, "log", failing)
-    plans = "none,gumbel,soft"
-    with pytest.raises(Interrupted):
-        run(corpus, out, plans=plans)
-    assert evaluation.load_checkpoint(out / f"{stage}.pt")["step"] == 2
-    monkeypatch.setattr(train.Job, "log", log)
-    run(corpus, out, plans=plans, resume=True)
-    for name in ("lm", "labels", "planner", "joint_none", "joint_gumbel", "joint_soft"):
-        expected, got = tensors(trained / f"{name}.pt"), tensors(out / f"{name}.pt")
-        assert expected.keys() == got.keys() and all(torch.equal(expected[k], got[k]) for k in got)
-    curves = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-              for folder in (trained, out)]
-    of_stage = [[{k: v for k, v in entry.items() if k != "per_second"} for entry in curve
-                 if entry["stage"] == stage and entry["step"] > 2] for curve in curves]
-    assert of_stage[0] == of_stage[1]
-
-
-def test_another_seed_gives_another_model(corpus, trained, tmp_path):
-    """The control of the test above: equality is not for want of randomness."""
-    run(corpus, tmp_path / "out", plans="none", seed=1)
-    a, b = tensors(trained / "joint_none.pt"), tensors(tmp_path / "out" / "joint_none.pt")
-    assert not any(torch.equal(a[k], b[k]) for k in a if k.endswith("qkv.weight"))
-
-
-def test_finished_stages_are_reused_and_changed_ones_named(corpus, tmp_path, capsys):
-    out = tmp_path / "out"
-    run(corpus, out, plans="none")
-    before = {f.name: f.stat().st_mtime_ns for f in out.glob("*.pt")}
+def ends(main, arguments, capsys, code=2):
+    """The one line on stderr with which a command ends; beside it are only progress bars."""
     capsys.readouterr()
-    run(corpus, out, plans="none,uniform", resume=True)            # a new plan is not a change
-    assert {f.name: f.stat().st_mtime_ns for f in out.glob("*.pt") if f.name in before} == before
-    assert (out / "joint_uniform.pt").exists()
-    capsys.readouterr()
-    run(corpus, out, plans="none,uniform", resume=True, n_labels=4)
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    printed = capsys.readouterr().err.splitlines()
+    lines = [line for line in printed if line.strip() and not line.rstrip().endswith("]")]
+    assert end.value.code == code and len(lines) == 1, lines
+    assert lines[0].startswith(("train.py: ", "eval.py: "))
+    return lines[0]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def checkpoint(path):
+    return torch.load(path, weights_only=True)
+
+
+def curves(out):
+    """{(stage, step): figures} of metrics.jsonl; of lines that were written twice, the last."""
+    found = {}
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        entry.pop("tokens_per_second", None)
+        found.setdefault((entry["stage"], entry["step"]), {}).update(entry)
+    return found
+
+
+def results_of(out, name="results.json"):
+    return json.loads((out / name).read_text())
+
+
+def assert_same_run(out, expected, plans="none,gumbel,soft"):
+    """Bit for bit: each checkpoint, the results, and the curve of each stage."""
+    for stage in [*SHARED, *(f"joint_{plan}" for plan in plans.split(","))]:
+        assert (out / f"{stage}.pt").read_bytes() == (expected / f"{stage}.pt").read_bytes(), stage
+    a, b = results_of(out), results_of(expected)
+    assert a == b | {"plans": {plan: b["plans"][plan] for plan in plans.split(",")}}
+    ours, theirs = curves(out), curves(expected)
+    assert ours and ours == {key: theirs[key] for key in ours}
+
+
+def planner_moved(out, plan):
+    """Whether joint training has changed the planner; False where there is none."""
+    before = checkpoint(out / "planner.pt")["model"]
+    after = checkpoint(out / f"joint_{plan}.pt")["model"]
+    return any(not torch.equal(x, after.get(f"planner.{name}", x)) for name, x in before.items())
+
+
+# --- options and bad input ------------------------------------------------------------------------
+
+def test_help_lists_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main(["--help"])
     printed = capsys.readouterr().out
-    assert "labels: done anew, for n_labels was 8, is 4" in printed
-    assert "lm: finished before, reused" in printed
-    assert "joint_none: finished before, reused" in printed
-    assert (out / "lm.pt").stat().st_mtime_ns == before["lm.pt"]
+    assert end.value.code == 0 and len(fields(train.Config)) <= 36
+    for f in fields(train.Config):
+        text = re.escape(f"{f.metadata['help']} [{f.default}]")
+        assert re.search(rf"--{f.name}\b[^\n]*\n?\s+{text}", printed), f.name
 
 
-def test_stages_after_one_of_other_content_are_done_anew(corpus, trained, tmp_path, capsys):
-    """The options are equal, but the labels are others: made on another machine, say."""
+@pytest.mark.parametrize("argument, message", [
+    ("--lm_step=5", "unknown option --lm_step=5: did you mean --lm_steps?"),
+    ("--lm_steps=many", "argument --lm_steps: invalid int value: 'many'"),
+    ("--lm_lr=nan", "lm_lr=nan: must be finite and at least 0"),
+    ("--n_head=5", "n_head=5 must divide n_embd=16"),
+    ("--plans=soft,sof", "plans=soft,sof: choose of none,fixed"),
+    ("--preset=huge", "preset=huge: choose laptop or gpu or tiny"),
+    ("--vocab_size=100", "vocab_size=100: must be finite and at least 257"),
+    ("--planner_view=all", "planner_view=all: choose document or window"),
+    ("--data=/no/such/file", "data=/no/such/file"),
+    ("--device=tpu", "device=tpu is not available"),
+    ("--n_labels=100000", "n_labels=100000"),
+    ("--block_size=100000", "a window of 100000 is too long"),
+    ("--out_dir=/dev/null/out", "/dev/null"),
+    ("--start=/no/such/run", "/no/such/run"),
+    ("--resume", "config.json")])
+def test_a_bad_option_ends_in_one_line_and_exit_code_2(argument, message, corpus, tmp_path, capsys):
+    line = ends(train.main, [*options(corpus, tmp_path / "out"), argument], capsys)
+    assert line.startswith("train.py: error: ") and message in line
+    assert not list(tmp_path.glob("out/*.pt"))
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("empty.txt", b"", "fewer than two sentences"),
+    ("latin.txt", b"Gr\xfc\xdfe. " * 100, "is not valid UTF-8"),
+    ("short.txt", f"One sentence alone.\n{EOT}\n".encode() * 20, "fewer than two sentences"),
+    ("number.jsonl", b'{"text": "A text."}\n{"text": 5}\n', "number.jsonl:2 is not a JSON object"),
+    ("broken.jsonl", b'{"text": "A text."\n', "broken.jsonl:1 is not a JSON object")])
+def test_a_bad_text_ends_in_one_line(name, content, message, trained, tmp_path, capsys):
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert message in ends(train.main, options(path, tmp_path / "out"), capsys)
+    if name != "short.txt":                         # which can be scored
+        for option in ("--text", "--score"):
+            arguments = [f"--out_dir={trained}", f"{option}={path}"]
+            assert name in ends(evaluation.main, arguments, capsys)
+
+
+# --- nothing that was saved is lost ---------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def other(corpus, tmp_path_factory):
+    """A run of other sizes."""
+    return run(corpus, tmp_path_factory.mktemp("other") / "out", plans="soft", n_labels=6,
+               planner_layer=2, n_layer=2)
+
+
+@pytest.mark.parametrize("how", ["truncated", "foreign", "copied", "of another run"])
+@pytest.mark.parametrize("name", ["lm", "labels", "planner", "joint_soft"])
+def test_a_damaged_checkpoint_is_refused_in_one_line(
+        how, name, corpus, trained, other, tmp_path, capsys):
+    out = shutil.copytree(trained, tmp_path / "out")
+    path = out / f"{name}.pt"
+    if how == "truncated":
+        os.truncate(path, path.stat().st_size // 2)
+    elif how == "foreign":
+        torch.save({"weights": torch.zeros(3)}, path)
+    else:
+        shutil.copy(out / "joint_hard.pt" if how == "copied" else other / path.name, path)
+    before = contents(out)
+    del before["config.json"]                       # whose `resume` changes
+    line = ends(train.main, options(corpus, out, plans="all", resume=True), capsys)
+    assert f"{name}.pt is truncated or of another run" in line
+    if name in ("labels", "joint_soft"):
+        assert f"{name}.pt" in ends(evaluation.main, [f"--out_dir={out}", "--prompt=a"], capsys)
+    assert before.items() <= contents(out).items()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"preset": "tiny"'])
+def test_a_damaged_config_is_refused_in_one_line(content, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(content)
+    for main, arguments in [(train.main, ["--resume", f"--out_dir={tmp_path}"]),
+                            (train.main, [f"--start={tmp_path}", f"--out_dir={tmp_path}/new"]),
+                            (evaluation.main, [f"--out_dir={tmp_path}"])]:
+        assert "config.json is damaged" in ends(main, arguments, capsys)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize("name", ["config.json", "lm.pt", "labels.pt", "joint_soft.pt",
+                                  "results.json"])
+def test_a_full_disk_is_one_line_and_the_run_goes_on_with_room(
+        name, corpus, half, trained, tmp_path, capsys):
+    out = shutil.copytree(half, tmp_path / "out")
+    before = contents(out)
+    (out / f"{name}.tmp").symlink_to("/dev/full")
+    line = ends(train.main, options(corpus, out, resume=True, plans="soft"), capsys)
+    assert f"could not write {out / name} (" in line and "what was saved before is intact" in line
+    assert name not in before or contents(out)[name] == before[name]
+    assert not list(out.glob("*.tmp"))
+    assert_same_run(run(corpus, out, resume=True, plans="soft"), trained, "soft")
+
+
+# --- interrupted and resumed ----------------------------------------------------------------------
+
+def test_interrupted_anywhere_and_resumed_equals_undisturbed(
+        corpus, trained, tmp_path, monkeypatch, capsys):
+    """Ctrl-C ends at once, and says how to go on: after an odd step of each stage, which is not
+    saved; in k-means; in the last evaluation."""
     out = tmp_path / "out"
-    shutil.copytree(trained, out)
-    saved = evaluation.load_checkpoint(out / "labels.pt")
-    before, centroids = saved["id"], saved["labeler"]["centroids"]
-    assert before == labelling.digest(evaluation.load_labeler(saved).state_dict())
-    train.save_checkpoint(out / "labels.pt", saved | {
-        "labeler": saved["labeler"] | {"centroids": centroids.flip(0)}, "id": "another"})
-    assert evaluation.Run.open(out, "cpu").plans == ["none"]
-    assert f"joint_soft: passed over, was made with labels.pt={before}" in capsys.readouterr().out
-    run(corpus, out, plans="none,soft", resume=True)
-    printed = capsys.readouterr().out
-    assert f"planner: done anew, for labels.pt was {before}, is another" in printed
-    assert "joint_soft: done anew" in printed and "joint_none: finished before, reused" in printed
+    for stage, module, name, n in [
+            ("lm", train, "make_batch", 3), ("", labels, "nearest", 2),
+            ("planner", train, "make_batch", 3), ("joint_none", train, "make_batch", 7),
+            ("joint_gumbel", train, "make_batch", 7), ("joint_soft", train, "make_batch", 7),
+            ("", evaluation, "summary", 2)]:
+        with monkeypatch.context() as patch:
+            act_at(patch, module, name, n)
+            line = ends(train.main, options(corpus, out, resume=out.exists()), capsys, code=130)
+        assert line.endswith(f"continue with python train.py --resume --out_dir={out}")
+        assert not stage or checkpoint(out / f"{stage}.pt")["step"] == 2
+    assert_same_run(run(corpus, out, resume=True), trained)
 
 
-def test_resume_takes_what_is_not_given_from_the_run(corpus, trained, tmp_path, capsys):
-    before = train.parse_config(options(corpus, trained, plans="all"))
-    bare = [f"--out_dir={trained}", "--resume"]
-    assert train.parse_config(bare) == dataclasses.replace(before, resume=True)
-    assert train.parse_config([*bare, "--lm_steps=7"]) == dataclasses.replace(
-        before, resume=True, lm_steps=7)
-    assert train.parse_config([f"--out_dir={trained}"]) == train.Config(out_dir=str(trained))
-    content, path = (trained / "config.json").read_text(), tmp_path / "config.json"
-    for damaged in ("", "[]", "{}", content.replace('"lm_steps": 6', '"lm_steps": 7')):
-        path.write_text(damaged)
-        with pytest.raises(SystemExit):
-            train.parse_config([f"--out_dir={tmp_path}", "--resume"])
-        assert capsys.readouterr().err == (
-            f"train.py: error: {path} is damaged: delete it, and run train.py with --resume and "
-            "all the options that the run had\n")
-    path.write_text(content)
-    assert train.parse_config([f"--out_dir={tmp_path}", "--resume"]).lm_steps == 6
+def live(arguments, module, name, n):
+    """train.py in a process that ends with SIGKILL at the n-th call of a function; in the midst of
+    the write, where that is a save."""
+    save = torch.save
+
+    def kill(*arguments):
+        if name == "save":
+            save(*arguments)
+            os.truncate(arguments[1], os.path.getsize(arguments[1]) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    act_at(pytest.MonkeyPatch(), importlib.import_module(module), name, n, kill)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    torch.set_num_threads(1)                        # as conftest.py does here
+    train.main(arguments)
 
 
-def test_a_labeler_of_ones_own(corpus, tmp_path, monkeypatch):
-    """As the README says: a name in VECTORS, and vectors from Labeler.raw."""
-    monkeypatch.setattr(labelling, "VECTORS", (*labelling.VECTORS, "mine"))
-    monkeypatch.setattr(labelling.Labeler, "raw", lambda self, tokens, offsets: F.embedding_bag(
-        tokens, self.gpt.wte.weight, offsets, mode="max"))
-    results = run(corpus, tmp_path / "out", plans="soft", vectors="mine")
-    opened = evaluation.Run.open(tmp_path / "out", "cpu")
-    assert evaluation.evaluate(opened, opened.corpus("val"), opened.bytes, "val") == results
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_anywhere_and_resumed_equals_undisturbed(corpus, trained, tmp_path, monkeypatch):
+    """At a drawn step; in the midst of a drawn save; before a file is moved into place."""
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    context = multiprocessing.get_context("forkserver")     # forks from one that has imported all
+    context.set_forkserver_preload(["test_train", "torch._dynamo"])
+    draw, out = random.Random(0), tmp_path / "out"
+    for module, name, *calls in [
+            ("os", "rename", 1, 1), ("train", "make_batch", 2, 5), ("torch", "save", 1, 3),
+            ("os", "replace", 3, 7), ("train", "make_batch", 1, 9), ("torch", "save", 1, 3),
+            ("train", "make_batch", 1, 4), ("torch", "save", 100, 100)]:
+        arguments = options(corpus, out, plans="none,soft", cache_dir=tmp_path / "cache",
+                            resume=(out / "config.json").exists())
+        process = context.Process(target=live, args=(arguments, module, name, draw.randint(*calls)))
+        process.start()
+        process.join()
+        assert process.exitcode == (0 if calls[0] == 100 else -signal.SIGKILL)
+    assert_same_run(out, trained, "none,soft")
 
 
-def test_an_out_dir_with_stages_is_refused_without_resume(corpus, trained):
-    before = {f.name: f.read_bytes() for f in trained.glob("*.pt")}
-    with pytest.raises(ValueError, match="holds .* already: go on with --resume"):
-        run(corpus, trained)
-    assert {f.name: f.read_bytes() for f in trained.glob("*.pt")} == before
+def test_resume_takes_its_options_from_the_run(corpus, half, tmp_path):
+    """They come before a preset's, which is the run's own or refused."""
+    out = shutil.copytree(half, tmp_path / "out")
+    expected = train.parse_config(options(corpus, out, resume=True))
+    resume = [f"--out_dir={out}", "--preset=tiny", "--resume"]
+    assert train.parse_config(resume) == train.parse_config([resume[0], resume[2]]) == expected
+    assert train.parse_config(resume[:2]).lm_steps == 20
+    train.main([*resume, "--plans=none"])
+    before = contents(out)
+    assert checkpoint(out / "lm.pt")["step"] == 6
+    train.main([*resume, "--plans=none,fixed"])
+    assert contents(out).items() >= {name: before[name] for name in before if ".pt" in name}.items()
+    assert (out / "joint_fixed.pt").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_how_to_go_on(number, corpus, tmp_path):
-    out = tmp_path / "out"
-    arguments = options(corpus, out, lm_steps=100_000, save_every=100_000)
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *arguments],
-                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    while not (out / "metrics.jsonl").exists() and process.poll() is None:
-        pass                                         # until the loop has begun
-    process.send_signal(number)
-    _, message = process.communicate()
-    assert process.returncode == 130 and "--resume" in message.splitlines()[-1]
-    saved = evaluation.load_checkpoint(out / "lm.pt")
-    assert saved["step"] > 0 and not saved["done"]
+def test_a_run_is_continued_by_resume_alone_and_with_its_own_options(trained, capsys):
+    """Each option is one or the other; a new one has to be put into a stage, or into this list."""
+    free = set("cache_dir out_dir device resume start compile plans eval_every eval_tokens "
+               "save_every".split())
+    fixed = set(" ".join(train.STAGE_OPTIONS.values()).split()) | {"preset"}
+    assert fixed | free == {f.name for f in fields(train.Config)} and not fixed & free
+    saved, before, resume = results_of(trained, "config.json"), contents(trained), "--resume"
+    words = dict(preset="gpu", data="docstrings", tokenizer="gpt2", dtype="bfloat16",
+                 planner_view="window")
+    for name in fixed:
+        other = words.get(name) or saved[name] + 1
+        line = ends(train.main, [f"--out_dir={trained}", resume, f"--{name}={other}"], capsys)
+        assert f"{name}={other}" in line and f"has {name}={saved[name]}" in line
+    for name, other in dict(plans="hard", eval_every=5, device="auto", save_every=9).items():
+        config = train.parse_config([f"--out_dir={trained}", resume, f"--{name}={other}"])
+        assert getattr(config, name) == other
+    for more in ([], [f"--start={trained}"]):
+        line = ends(train.main, [f"--out_dir={trained}", *more], capsys)
+        assert "holds a run: choose another, or continue by --resume" in line
+    assert contents(trained) == before
 
 
-def test_a_failed_save_leaves_the_last_checkpoint_intact(tmp_path, monkeypatch):
-    path = tmp_path / "lm.pt"
-    train.save_checkpoint(path, {"step": 1})
-    whole = torch.save
+def begin(corpus, out, **more):
+    """A run as `train` begins it: nothing is trained yet but what --start copies."""
+    return train.begin(train.parse_config(options(corpus, out, **more)))
 
-    def full_disk(content, file):
-        whole(content, file)
-        with open(file, "r+b") as written:
-            written.truncate(100)
-        raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
 
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="could not write .*No space left.*--resume"):
-        train.save_checkpoint(path, {"step": 2})
-    assert evaluation.load_checkpoint(path)["step"] == 1 and list(tmp_path.iterdir()) == [path]
+@pytest.mark.parametrize("change, copied", [
+    (dict(lm_lr=1e-3), []), (dict(n_labels=3), ["lm"]), (dict(planner_lr=1e-2), ["lm", "labels"]),
+    (dict(joint_lr=1e-3), [*SHARED]), (dict(save_every=5), [*SHARED, "joint_none", "joint_soft"])])
+def test_start_copies_finished_stages_up_to_the_first_that_an_option_changes(
+        change, copied, corpus, trained, half, tmp_path):
+    before, out = contents(trained), tmp_path / "out"
+    begin(corpus, out, start=trained, plans="none,soft", **change)
+    assert {file.stem for file in out.glob("*.pt")} == set(copied)
+    assert all((out / f"{stage}.pt").read_bytes() == before[f"{stage}.pt"] for stage in copied)
+    assert contents(trained) == before
+    begin(corpus, tmp_path / "new", start=half, **change)       # whose stage lm is not finished
+    assert not list((tmp_path / "new").glob("*.pt"))
+
+
+def test_a_run_with_start_ends_as_an_ordinary_one(corpus, trained, tmp_path):
+    out, expected = tmp_path / "out", run(corpus, tmp_path / "expected", n_labels=3)
+    train.main([f"--start={trained}", f"--out_dir={out}", "--n_labels=3",
+                "--plans=none,gumbel,soft"])
+    assert_same_run(out, expected)
+    with pytest.raises(AssertionError):             # the control
+        assert_same_run(out, trained)
 
 
 # --- training -------------------------------------------------------------------------------------
 
-def test_every_plan_has_the_same_loss_at_the_start_of_the_joint_stage(
+def test_all_plans_start_at_the_same_loss_and_see_the_same_batches(
         corpus, trained, tmp_path, monkeypatch):
-    """Same batch, maps of zero: the plan changes nothing yet. After some steps it does."""
-    first = {}
+    out, seen, make_batch = tmp_path / "out", [], train.make_batch
 
-    def only_look(job, stage, saved):
-        with torch.no_grad():
-            first[stage.name] = float(stage.losses(stage.model, stage.batches(0)[0], None)["loss"])
+    def watched(*arguments):
+        batch = make_batch(*arguments)
+        seen.append(batch.tokens.tolist())
+        return batch
 
-    shutil.copytree(trained, tmp_path / "out", ignore=shutil.ignore_patterns("joint_*"))
-    job = train.Job(train.parse_config(options(corpus, tmp_path / "out", plans="all", resume=True)))
-    labeler = evaluation.load_labeler(evaluation.load_checkpoint(tmp_path / "out" / "labels.pt"))
-    monkeypatch.setattr(train, "fit", only_look)
-    for plan in train.PLANS:
-        train.train_joint(job, plan, labeler)
-    assert len(first) == 9 and max(first.values()) - min(first.values()) < 1e-6
-    results = json.loads((trained / "results.json").read_text())["plans"]
-    assert len({r["nll"] for r in results.values()}) == 9
+    monkeypatch.setattr(train, "make_batch", watched)
+    run(corpus, out, start=trained, plans="all", joint_steps=2, save_every=1)
+    assert seen == seen[:2] * len(PLANS) and seen[0] != seen[1]
+    first = [entry["loss"] for (_, step), entry in curves(out).items() if step == 1]
+    assert len(first) == len(PLANS) and max(first) - min(first) < 1e-6
 
 
-def test_non_finite_steps_are_skipped_and_counted_and_five_end_the_run(
-        corpus, tmp_path, monkeypatch):
-    original, bad_steps = torch.nn.utils.clip_grad_norm_, {2, 4}
-    calls = []
-
-    def injected(parameters, limit):
-        parameters = list(parameters)
-        if len(calls) in bad_steps:
-            next(p for p in parameters if p.grad is not None).grad.view(-1)[0] = math.nan
-        calls.append(0)
-        return original(parameters, limit)
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", injected)
-    run(corpus, tmp_path / "a", plans="none")
-    saved = evaluation.load_checkpoint(tmp_path / "a" / "lm.pt")
-    assert saved["skipped"] == 2 and all(x.isfinite().all() for x in saved["model"].values())
-    calls.clear()
-    bad_steps.update(range(100))
-    with pytest.raises(ValueError, match="not finite in 5 steps"):
-        run(corpus, tmp_path / "b", plans="none", save_every=1)
-
-
-def test_the_planner_rests_until_it_is_unfrozen(corpus, tmp_path):
-    run(corpus, tmp_path / "a", plans="soft", unfreeze_step=6)
-    run(corpus, tmp_path / "b", plans="soft", unfreeze_step=3)
-    planner = tensors(tmp_path / "a" / "planner.pt")
-    for folder, moved in (("a", False), ("b", True)):
-        joint = tensors(tmp_path / folder / "joint_soft.pt")
-        within = "joint_soft.pt.model.planner"
-        changed = [not torch.equal(value, joint[key.replace("planner.pt.model", within)])
-                   for key, value in planner.items()]
-        assert all(changed) if moved else not any(changed)
+@pytest.mark.parametrize("plan", PLANS)
+def test_each_part_has_its_rate_and_only_matrices_decay(
+        plan, corpus, trained, tmp_path, monkeypatch):
+    opened = begin(corpus, tmp_path / "out", start=trained, joint_lr=3e-3, joint_planner_lr=4e-4)
+    train.make_labels(opened)
+    asked = []
+    monkeypatch.setattr(train, "fit", lambda run, name, *rest: asked.extend(rest))
+    train.train_joint(opened, plan)
+    model, parts, _ = asked
+    names, found = {p: name for name, p in model.named_parameters()}, set()
+    for group in train.make_optimizer(parts, 0.1, torch.device("cpu")).param_groups:
+        for name in (names[p] for p in group["params"]):
+            found.add(name)
+            assert group["peak_lr"] == (4e-4 if name.startswith("planner.") else 3e-3), name
+            spared = name.endswith(("label_emb", ".start")) or "ln_" in name
+            assert group["weight_decay"] == (0.0 if spared else 0.1), name
+    assert found == {name for name in names.values()
+                     if plan in END_TO_END or name.startswith("gpt.")}
+    assert plan == "none" or torch.equal(model.gpt.label_emb, opened.labeler.centroids)
 
 
-def test_gradient_accumulation_sees_the_same_batch(corpus, tmp_path):
-    """Two micro-batches of 4 give the losses of one batch of 8, to rounding."""
-    curves = []
-    for name, more in (("one", dict(batch_size=8)), ("two", dict(batch_size=4, grad_accum=2))):
-        run(corpus, tmp_path / name, plans="soft", **more)
-        log = (tmp_path / name / "metrics.jsonl").read_text()
-        entries = [json.loads(line) for line in log.splitlines()]
-        curves.append([e["loss"] for e in entries if "loss" in e])
-    assert np.allclose(*curves, rtol=1e-5)
+@pytest.mark.parametrize("plan", PLANS[1:])
+def test_every_plan_trains_label_emb_and_the_end_to_end_ones_the_planner(plan, trained):
+    centroids = evaluation.Run.open(trained).labeler.centroids
+    label_emb = checkpoint(trained / f"joint_{plan}.pt")["model"]["gpt.label_emb"]
+    assert not torch.equal(label_emb, centroids)
+    assert planner_moved(trained, plan) == (plan in END_TO_END)
 
 
-def test_learning_rate_rises_then_falls_to_its_floor():
-    rates = [train.learning_rate(step, 100, 0.1, 0.2) for step in range(101)]
-    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert all(a >= b for a, b in zip(rates[9:], rates[10:])) and rates[100] == pytest.approx(0.2)
+def test_the_planner_rests_until_it_is_unfrozen(corpus, trained, tmp_path):
+    for step in (3, 6):
+        out = run(corpus, tmp_path / str(step), start=trained, plans="soft", unfreeze_step=step)
+        assert planner_moved(out, "soft") == (step < 6)
+
+
+def test_planner_view_holds_in_training(corpus, trained, tmp_path):
+    """With `window`, the sentence in which a window begins has none before it in view."""
+    seen = {}
+    for view in ("document", "window"):
+        opened = begin(corpus, tmp_path / view, start=trained, planner_view=view)
+        train.make_labels(opened)
+        batch = train.make_batch(opened, "joint", 0, 0)
+        seen[view] = {int(row[slot]) for row, slot in zip(batch.previous, batch.sentence_id[:, 0])}
+    assert seen["window"] == {-1} and seen["document"] > {-1}
+
+
+def test_the_learning_rate_is_logged_as_it_is(trained):
+    assert [train.learning_rate(step, 100) for step in (0, 4, 100)] == pytest.approx([0.2, 1, 0.1])
+    config = results_of(trained, "config.json")
+    for (stage, step), entry in curves(trained).items():
+        peak = config[f"{stage.split('_')[0]}_lr"]
+        assert entry["lr"] == pytest.approx(peak * train.learning_rate(step - 1, 6))
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_with_its_last_checkpoint_intact(
+        corpus, trained, tmp_path, monkeypatch, capsys):
+    out, label_loss, calls = tmp_path / "out", train.label_loss, itertools.count(1)
+
+    def overflowing(*arguments):                    # in step 5, after two validations
+        return label_loss(*arguments) * (math.inf if next(calls) == 7 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "label_loss", overflowing)
+        line = ends(train.main, options(corpus, out), capsys)
+    assert "planner: the gradient is not finite by step 6; the last checkpoint is intact" in line
+    assert_same_run(run(corpus, out, resume=True), trained)
+
+
+def test_what_is_watched_changes_nothing(corpus, trained, tmp_path):
+    out = run(corpus, tmp_path / "out", eval_every=1, save_every=1, eval_tokens=99)
+    for name in ("lm.pt", "planner.pt", "joint_gumbel.pt", "joint_soft.pt"):
+        assert (out / name).read_bytes() == (trained / name).read_bytes()
+
+
+def test_ranks_share_the_accumulation_first_and_then_the_micro_batch(
+        corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    for module, name in ((train, "join"), (train.dist, "barrier")):
+        monkeypatch.setattr(module, name, lambda *_: None)
+    for accum, micro_batches in ((16, 2), (4, 1), (8, 1)):
+        out = tmp_path / str(accum)
+        opened = begin(corpus, out, batch_size=32, grad_accum=accum)
+        assert opened.grad_accum == micro_batches
+        windows = train.make_batch(opened, "lm", 0, 0).tokens
+        assert len(windows) * micro_batches * 8 == 32 * accum
+    line = ends(train.main, options(corpus, tmp_path / "out", batch_size=3, grad_accum=4), capsys)
+    assert "batch_size=3: 8 processes share it, choose a multiple of 2" in line
+
+
+def test_two_processes_with_two_micro_batches_train_as_one_does_with_one(corpus, trained, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "train.py", *options(corpus, out, plans="none,soft", grad_accum=4, batch_size=2)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("perplexity") == 1     # rank 0 alone speaks
+    ours, expected = curves(out), curves(trained)
+    assert len(ours) == 4 * 3                       # of each stage steps 2, 4 and 6
+    for key, entry in ours.items():
+        figures = {name: x for name, x in entry.items() if name != "stage"}
+        assert figures == pytest.approx({name: expected[key][name] for name in figures}, rel=1e-4)
 
 
 # --- what a run leaves ----------------------------------------------------------------------------
 
 def test_a_run_leaves_the_files_and_fields_that_others_rely_on(trained):
-    names = {f.name for f in trained.iterdir()}
-    assert {"config.json", "metrics.jsonl", "lm.pt", "labels.pt", "planner.pt",
-            "results.json"} <= names
-    assert {f"joint_{plan}.pt" for plan in train.PLANS} <= names
-    results = json.loads((trained / "results.json").read_text())
-    assert list(results["plans"]) == list(train.PLANS)
+    names = ["config.json", "metrics.jsonl", *(f"{stage}.pt" for stage in SHARED)]
+    assert contents(trained).keys() >= {*names, *(f"joint_{plan}.pt" for plan in PLANS)}
+    results = results_of(trained)
+    assert list(results["plans"]) == list(PLANS)
     assert {"tokens", "bytes", "seed", "versions"} <= results.keys()
-    soft = results["plans"]["soft"]
-    assert soft["ppl"] == pytest.approx(math.exp(soft["nll"]))
-    bits = soft["nll"] * results["tokens"] / results["bytes"] / math.log(2)
-    assert soft["bits_per_byte"] == pytest.approx(bits)
-    assert soft["planner_ce"] > 0 and 0 <= soft["planner_acc"] <= 1
-    assert results["plans"]["none"]["planner_ce"] is None
+    assert len({figures["nll"] for figures in results["plans"].values()}) == len(PLANS)
+    for plan, figures in results["plans"].items():
+        assert figures["ppl"] == pytest.approx(math.exp(figures["nll"]))
+        bits = figures["nll"] * results["tokens"] / results["bytes"] / math.log(2)
+        assert figures["bits_per_byte"] == pytest.approx(bits)
+        if plan in (*END_TO_END, "hard", "soft_frozen"):
+            assert figures["planner_ce"] > 0 and 0 <= figures["planner_acc"] <= 1
+        else:
+            assert figures["planner_ce"] is figures["planner_acc"] is None
 
 
-def test_evaluating_in_between_leaves_training_untouched(corpus, trained, tmp_path):
-    """Also how often it is saved: what is watched changes nothing."""
-    run(corpus, tmp_path / "out", plans="gumbel,soft", eval_every=1, save_every=1, eval_tokens=100)
-    for plan in ("gumbel", "soft"):
-        a, b = (tensors(folder / f"joint_{plan}.pt") for folder in (trained, tmp_path / "out"))
-        assert all(torch.equal(a[k], b[k]) for k in a)
+def test_eval_gives_the_table_of_the_run(trained, capsys):
+    evaluation.main([f"--out_dir={trained}"])
+    assert results_of(trained, "eval.json") == results_of(trained)
+    assert capsys.readouterr().out.strip() == evaluation.table(results_of(trained))
+    evaluation.main([f"--out_dir={trained}", "--split=test"])
+    assert results_of(trained, "eval.json")["tokens"] != results_of(trained)["tokens"]
 
 
-def command(*arguments, **environment):
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True,
-                          text=True, env=os.environ | environment)
+def test_eval_names_what_it_can_not_do(corpus, half, trained, tmp_path, capsys):
+    out = shutil.copytree(trained, tmp_path / "out", ignore=shutil.ignore_patterns("joint*"))
+    for folder, arguments, message in [
+            (tmp_path, [], "config.json"), (half, [], "labels.pt"), (out, [], "no finished plan"),
+            (trained, ["--plan=oracle", "--prompt=a"], "plan=oracle needs the true labels"),
+            (trained, ["--plan=sof"], "invalid choice: 'sof'"),
+            (trained, ["--prompt=a", "--temperature=-1"], "temperature")]:
+        assert message in ends(evaluation.main, [f"--out_dir={folder}", *arguments], capsys)
+    saved = checkpoint(trained / "joint_soft.pt")
+    torch.save(saved | {"done": False}, out / "joint_soft.pt")
+    for arguments in (["--prompt=a", "--plan=hard"], ["--prompt=a"], [f"--score={corpus}"]):
+        assert "--resume" in ends(evaluation.main, [f"--out_dir={out}", *arguments], capsys)
 
 
-def test_eval_commands(trained, tmp_path, capsys):
-    text = tmp_path / "new.txt"
-    text.write_text("A first document. It has two sentences.\n<|endoftext|>\n"
-                    "And a second: <b>one</b>.\n")
-    evaluation.main([f"--out_dir={trained}", f"--text={text}"])
-    assert "straight_through" in capsys.readouterr().out
-    saved = json.loads((trained / "eval.json").read_text())
-    assert list(saved["plans"]) == list(train.PLANS) and saved["split"] == "text"
-
-    evaluation.main([f"--out_dir={trained}", f"--score={text}", "--plan=soft"])
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert lines[0].keys() == {"token", "nll", "sentence", "label"}
-    assert np.mean([line["nll"] for line in lines]) == pytest.approx(saved["plans"]["soft"]["nll"])
-    assert "".join(line["token"] for line in lines).count("<|endoftext|>") == 2
-
-    evaluation.main([f"--out_dir={trained}", "--prompt=A first", "--plan=soft", "--max_tokens=40"])
-    printed = capsys.readouterr().out
-    assert "A first" in printed and "planned" in printed
-    evaluation.main([f"--out_dir={trained}", "--prompt=A first", "--plan=soft", "--max_tokens=40"])
-    assert capsys.readouterr().out == printed        # seeded
-
-
-def test_the_readme_commands_run(corpus, tmp_path):
-    """Each `python train.py`'s options fit together; each `python eval.py` runs, on a small run."""
-    readme = (ROOT / "README.md").read_text()
-    lines = [line.split("#")[0].strip() for line in readme.splitlines()]
-    trains = [line for line in lines if line.startswith("python train.py")]
-    evals = [line for line in lines if line.startswith("python eval.py")]
-    assert len(trains) >= 2 and len(evals) >= 4
-    for line in trains:
-        if "--help" not in line:
-            assert train.parse_config(shlex.split(line)[2:]).check() is None
-    out = tmp_path / "out"
-    run(corpus, out)
-    for line in evals:
-        arguments = [a.replace("FILE", str(corpus))
-                     for a in shlex.split(line)[2:] if "out_dir" not in a]
-        arguments = [a.replace("report.html", str(tmp_path / "report.html")) for a in arguments]
-        evaluation.main([f"--out_dir={out}", *arguments])
+@pytest.mark.parametrize("text", [
+    "你好，世界。這是第二句話，比第一句長一些。", "\0\x1b[31m \u2028 \ufeff \u202e\u05d0", "x" * 700,
+    f"in a line {EOT} here", "A full stop. " * 30])
+def test_scores_hold_the_whole_text_and_add_up_to_its_table(text, trained, tmp_path, capsys):
+    path = tmp_path / "odd.jsonl"
+    path.write_text("\n".join(json.dumps({"text": t}) for t in (text, "Another one. It ends.")))
+    evaluation.main([f"--out_dir={trained}", f"--text={path}"])
+    results = results_of(trained, "eval.json")
+    assert list(results["plans"]) == list(PLANS) and results["split"] == "text"
+    for plan in ("soft", "none"):
+        capsys.readouterr()
+        evaluation.main([f"--out_dir={trained}", f"--score={path}", f"--plan={plan}"])
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert all(line.keys() == {"token", "hex", "nll", "sentence", "label"} for line in lines)
+        whole = b"".join(bytes.fromhex(line["hex"]) for line in lines).decode()
+        assert whole == f"{text}{EOT}Another one. It ends.{EOT}"
+        nats = results["plans"][plan]["nll"] * results["tokens"]
+        assert sum(line["nll"] for line in lines) == pytest.approx(nats)
+        assert all((line["label"] is None) == (plan == "none") for line in lines)
 
 
-# --- bad input ------------------------------------------------------------------------------------
+def test_generation_is_seeded_and_at_temperature_0_without_chance(trained, capsys):
+    def printed(*arguments):
+        evaluation.main([f"--out_dir={trained}", "--prompt=A first", "--max_tokens=40", *arguments])
+        return capsys.readouterr().out
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--lm_step=5"], "unknown option --lm_step=5: did you mean --lm_steps?"),
-    (["--lm_steps=many"], "argument --lm_steps: invalid int value: 'many'"),
-    (["--resume=maybe"], "argument --resume: invalid boolean value: 'maybe'"),
-    (["--lm_lr=nan"], "lm_lr=nan: must be finite"),
-    (["--n_head=5"], "n_head=5 does not divide n_embd=32"),
-    (["--planner_head=5"], "planner_head=5 does not divide planner_embd=32"),
-    (["--plans=soft,sof"], "'sof' is not one of none, fixed"),
-    (["--preset=huge"], "preset=huge: choose laptop or tiny or gpu"),
-    (["--vocab_size=100"], "vocab_size=100: must be at least 257"),
-    (["--batch_size=0"], "batch_size=0: must be above 0"),
-    (["--data=/no/such/file"], "data=/no/such/file does not exist"),
-    (["--device=tpu"], "device=tpu is not available: this machine has"),
-    (["--device=cpu:x"], "device=cpu:x: choose auto, cuda, mps or cpu"),
-    (["--n_labels=100000"], "n_labels=100000: the training split has but"),
-    (["--block_size=100000"], "a window of 100000 is too long"),
-])
-def test_bad_options_end_in_one_line_and_exit_code_2(arguments, message, corpus, tmp_path, capsys):
-    with pytest.raises(SystemExit) as error:
-        train.main(options(corpus, tmp_path / "out") + arguments)
-    printed = capsys.readouterr().err.strip().splitlines()
-    assert error.value.code == 2
-    assert message in printed[-1] and printed[-1].startswith("train.py: error: ")
-    assert not any(line.startswith("Traceback") for line in printed)
-
-
-def test_the_command_itself_ends_with_one_line_and_exit_code_2(tmp_path):
-    result = command("train.py", "--dat=x")
-    assert result.returncode == 2
-    assert result.stderr == "train.py: error: unknown option --dat=x: did you mean --data?\n"
-    result = command("eval.py", f"--out_dir={tmp_path}")
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1 and "holds no trained run" in result.stderr
-
-
-def test_an_out_dir_that_cannot_be_written_is_one_line(corpus, tmp_path, capsys):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(SystemExit) as error:
-        train.main(options(corpus, tmp_path / "file" / "out"))
-    assert error.value.code == 2 and "out_dir" in capsys.readouterr().err
-
-
-def damaged(path, how):
-    content = path.read_bytes()
-    if how == "truncated":
-        path.write_bytes(content[:len(content) // 2])
-    elif how == "bit_flipped":
-        middle = len(content) // 2
-        path.write_bytes(content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1:])
-    elif how == "empty":
-        path.write_bytes(b"")
-    elif how == "text":
-        path.write_text("not a checkpoint")
-    elif how == "foreign":
-        torch.save({"weights": torch.zeros(3)}, path)
-    elif how == "older":
-        torch.save({**torch.load(path, weights_only=True), "format": "nanoplan-0"}, path)
-    elif how == "code":
-        torch.save({"format": evaluation.FORMAT, "harm": Harm()}, path)
-
-
-class Harm:
-    def __reduce__(self):
-        return os.mkdir, (Harm.folder,)
-
-
-@pytest.mark.parametrize(
-    "how", ["truncated", "bit_flipped", "empty", "text", "foreign", "older", "code"])
-@pytest.mark.parametrize("name", ["lm", "labels", "planner", "joint_none"])
-def test_damaged_checkpoints_are_refused_in_one_line(how, name, corpus, trained, tmp_path, capsys):
-    out = tmp_path / "out"
-    shutil.copytree(trained, out)
-    Harm.folder = str(tmp_path / "harm")
-    damaged(out / f"{name}.pt", how)
-    with pytest.raises(SystemExit) as error:
-        train.main(options(corpus, out, plans="none", resume=True))
-    printed = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.value.code == 2 and f"{name}.pt" in printed and "train" in printed
-    assert not (tmp_path / "harm").exists()          # no code of the file was run
-
-
-def test_an_undamaged_copy_is_accepted(corpus, trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "out")
-    run(corpus, tmp_path / "out", plans="none", resume=True)
-
-
-# --- a corpus whose best score is known -----------------------------------------------------------
-
-TRANSITION, N_TOPICS, N_WORDS, P_END = (0.7, 0.2, 0.05, 0.05), 4, 4, 0.05
-
-
-class KnownCorpus:
-    """Four topics; a sentence is three words of its topic and two that all topics share. Its
-    topic depends on the topic of the sentence before, which a GPT with a window of three tokens
-    can't see when a sentence begins, but a planner can.
-    """
-
-    def __init__(self, seed=0, n_documents=1200):
-        draw = random.Random(seed)
-        word = lambda: "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=6))
-        self.words = [[[word() for _ in range(N_WORDS)] for _ in range(3)] for _ in range(N_TOPICS)]
-        self.common = [[word() for _ in range(N_WORDS)] for _ in range(2)]
-        self.topic_of = {w: k for k, slots in enumerate(self.words) for slot in slots for w in slot}
-        self.documents = []
-        for _ in range(n_documents):
-            topics = []
-            while not topics or draw.random() > P_END:
-                step = draw.choices(range(N_TOPICS), TRANSITION)[0]
-                topics.append((topics[-1] + step) % N_TOPICS if topics
-                              else draw.randrange(N_TOPICS))
-            sentences = [" ".join(draw.choice(slot) for slot in self.words[k] + self.common)
-                         for k in topics]
-            self.documents.append(". ".join(sentences) + ".")
-
-    def nats(self, text):
-        """-log p of a document's topics and of the whole, under the process that wrote it."""
-        topics = [self.topic_of[s.split()[0]] for s in text.removesuffix(".").split(". ")]
-        of_topics = sum(-math.log(TRANSITION[(b - a) % N_TOPICS])
-                        for a, b in zip(topics, topics[1:]))
-        of_topics += math.log(N_TOPICS)
-        ends = -math.log(P_END) - (len(topics) - 1) * math.log(1 - P_END)
-        return of_topics, of_topics + 5 * len(topics) * math.log(N_WORDS) + ends
-
-
-def test_known_corpus_is_learned_to_its_bounds(tmp_path, capsys):
-    known = KnownCorpus()
-    path = tmp_path / "known.jsonl"
-    path.write_text("\n".join(json.dumps({"text": text}) for text in known.documents))
-    config = train.parse_config([
-        f"--data={path}", f"--out_dir={tmp_path / 'out'}", f"--cache_dir={tmp_path / 'cache'}",
-        "--preset=tiny", "--block_size=3", f"--n_labels={N_TOPICS}", "--vocab_size=700",
-        "--batch_size=256", "--n_embd=64", "--planner_batch=32", "--lm_steps=200",
-        "--planner_steps=250", "--joint_steps=250", "--lm_lr=1e-2", "--planner_lr=1e-2",
-        "--joint_lr=1e-2", "--plans=none,soft", "--vectors=hidden", "--device=cpu",
-        "--dtype=float32"])
-    results = train.run(config)
-    found = evaluation.Run.open(tmp_path / "out")
-    corpus = found.corpus("val")
-    _, labels = found.sentences(corpus, "val")
-    texts = [found.tokenizer.decode(corpus.tokens[a:b].tolist())
-             for a, b in zip(corpus.sentences, corpus.sentences[1:])][1:]
-    pairs = {(known.topic_of[text.split()[0]], label)
-             for text, label in zip(texts, labels[1:].tolist())}
-    assert len(pairs) == N_TOPICS                    # k-means found the topics, one label for each
-    documents = "".join(texts).split("<|endoftext|>")[:-1]
-    topic_nats, all_nats = np.sum([known.nats(text.strip()) for text in documents], axis=0)
-    entropy, bound = topic_nats / len(texts), all_nats / results["tokens"]
-    soft, none = results["plans"]["soft"], results["plans"]["none"]
-    assert abs(soft["nll"] - bound) < 0.05
-    assert none["nll"] - bound > 0.05                # what the window can't see, no GPT can know
-    planner_ce = train_stage_ce(found, corpus)
-    assert abs(planner_ce("planner") - entropy) < 0.05
-    assert planner_ce("untrained") - entropy > 0.05
-    untrained = evaluation.score(fresh_model(found), corpus, *found.sentences(corpus, "val"),
-                                 16, "document")
-    assert untrained.nll.mean() - bound > 0.05
-
-
-def fresh_model(found):
-    saved = evaluation.load_checkpoint(found.out_dir / "joint_soft.pt")
-    return evaluation.PlannedGPT(evaluation.GPT(**saved["gpt_args"]),
-                                 evaluation.Planner(**saved["planner_args"]), "soft")
-
-
-def train_stage_ce(found, corpus):
-    """The label cross-entropy of the planner after its own stage, or before it."""
-    def ce(which):
-        model = fresh_model(found)
-        if which == "planner":
-            saved = evaluation.load_checkpoint(found.out_dir / "planner.pt")
-            model.planner.load_state_dict(saved["model"])
-        scores = evaluation.score(model, corpus, *found.sentences(corpus, "val"), 16, "document")
-        return np.nanmean(scores.ce)
-    return ce
-
-
-# --- several processes ----------------------------------------------------------------------------
-
-def torchrun(corpus, out, n=2, **more):
-    """The run of `options`, data-parallel in n processes on this machine."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc_per_node={n}", "train.py", *options(corpus, out, **more)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-def losses(out):
-    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    return {(line["stage"], line["step"]): line["loss"] for line in lines if "loss" in line}
-
-
-def test_two_processes_train_as_one_does_with_the_same_batches(corpus, tmp_path):
-    one, two, more = tmp_path / "one", tmp_path / "two", dict(grad_accum=2, plans="none,soft")
-    run(corpus, one, **more)
-    done = torchrun(corpus, two, **more)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("perplexity") == 1      # rank 0 alone speaks
-    assert losses(two).keys() == losses(one).keys() and len(losses(one)) == 4
-    for key, loss in losses(one).items():
-        assert losses(two)[key] == pytest.approx(loss, rel=1e-5)
-    # Control: with other batches, a different loss. And one process can go on where two ended.
-    run(corpus, tmp_path / "other", plans="none", seed=1)
-    assert losses(tmp_path / "other")["lm", 6] != pytest.approx(losses(one)["lm", 6], rel=1e-4)
-    run(corpus, two, **more | {"plans": "none,soft,hard"}, resume=True)
-    assert ("joint_hard", 6) in losses(two)
-
-
-def test_batches_that_processes_can_not_share_are_refused(corpus, tmp_path):
-    done = torchrun(corpus, tmp_path / "out", batch_size=3)
-    assert done.returncode != 0
-    assert "train.py: error: batch_size=3 can't be shared by 2 processes" in done.stderr
-    assert not list((tmp_path / "out").glob("*.pt"))
+    assert "A first" in printed() and "planned" in printed() and printed() == printed()
+    assert printed("--seed=1") != printed("--seed=2")
+    assert printed("--temperature=0", "--seed=1") == printed("--temperature=0", "--seed=2")
+    assert "planned" not in printed("--plan=none")

@@ -1,0 +1,90 @@
+"""The README's worked example is computed again; its quotation, commands and links are right."""
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import eval as evaluation
+import train
+from model import mix_labels
+from planner import Planner
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+TIMELINE, MIXTURES = README.split("## A worked example")[1].split("\n## ")[0].split("Now one plan")
+TEXTS = ["Horticulturists celebrated. Meteorologists complained. Strawberries drowned.",
+         "Mathematicians multiplied. Rabbits multiplied."]
+T = 7                                                   # of each of the two windows
+NUMBER = re.compile(r"-?\d+\.\d+")
+
+
+def table(text):
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in re.findall(r"^\|.*", text, re.M)[2:]]
+    return [[cell.strip().replace("\\|", "|") for cell in row] for row in rows]
+
+
+def vectors_read(batch, window, row):
+    """Which vectors move the planner's logits of a row; sentence i has the i-th unit vector."""
+    planner = Planner(batch.vectors.shape[-1], 3, 1, 1, 8, reach=48).double()
+    vectors = batch.vectors.double().requires_grad_()
+    planner(vectors, batch.first)[window, row - batch.labels.shape[1]].square().sum().backward()
+    moving = vectors[window][vectors.grad[window].abs().sum(1) > 0]         # (vectors, E)
+    return ", ".join(f"v{i}" for i in moving.argmax(1).tolist()) or "nothing yet"
+
+
+def test_the_timeline_is_what_the_code_makes_of_its_tokens():
+    tokenizer = data.bpe_tokenizer(data.train_bpe(TEXTS * 2, 4096))         # each word one token
+    corpus = data.Corpus.from_texts(TEXTS, tokenizer)
+    corpus.vectors = np.eye(corpus.n_sentences)
+    corpus.labels = np.arange(corpus.n_sentences)       # so that a label tells its sentence
+    batch, cut = [data.window_batch(corpus, np.array([0, T]), T, 48, view)
+                  for view in ("document", "window")]
+    for n, cells in zip(range(2 * T), table(TIMELINE), strict=True):
+        at = divmod(n, T)
+        row = int(batch.sentence_id[at])
+        planned = int(batch.labels[at[0], row])
+        own = int(np.searchsorted(corpus.sentences, n, side="right")) - 1
+        token, target = [tokenizer.decode([int(ids[at])]).replace(" ", "␣")
+                         for ids in (batch.tokens, batch.targets)]
+        assert cells == [str(n), str(at[0]), f"`{token}`", str(own), f"`{target}`",
+                         str(own) if planned == own else f"**{planned}**", str(row),
+                         vectors_read(batch, at[0], row), vectors_read(cut, at[0], row)]
+
+
+def test_three_labels_mix_and_learn_as_shown():
+    shown = torch.tensor([float(x) for x in NUMBER.findall(MIXTURES.split("|")[0])]).double()
+    logits, probabilities, label_emb, loss_gradient = shown.split([3, 3, 6, 2])
+    assert logits.softmax(0).tolist() == pytest.approx(probabilities.tolist(), abs=0.005)
+    leaves = [logits.view(1, 1, 3).requires_grad_(), label_emb.view(3, 2).requires_grad_()]
+    for name, *cells in table(MIXTURES):
+        plan = mix_labels(*leaves, name.strip("`"))[0, 0]
+        gradients = torch.autograd.grad(plan @ loss_gradient, leaves, materialize_grads=True)
+        for computed, cell in zip([plan, *gradients], cells, strict=True):
+            figures = [float(x) for x in NUMBER.findall(cell)]
+            assert computed.flatten().tolist() == pytest.approx(figures, abs=0.005), (name, cell)
+
+
+def test_the_programs_understand_the_commands(monkeypatch):
+    monkeypatch.setattr(train, "inherited_options", lambda options: {})     # no run is here
+    monkeypatch.setattr(evaluation, "Run", None)
+    for command in re.findall(r"(?:python|torchrun \S+) (\S+\.py[^`\n]*)", README):
+        script, *options = shlex.split(command.replace("NAME", "soft"), comments=True)
+        assert (ROOT / script).exists(), command
+        if script == "train.py" and options != ["--help"]:
+            train.parse_config(options)
+        if script == "eval.py":
+            with pytest.raises(AttributeError):         # its options are read, and it opens a Run
+                evaluation.main(options)
+
+
+def test_the_quotation_and_the_links_are_right_and_200_lines_are_enough():
+    quote = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1].splitlines()
+    source = iter((ROOT / "model.py").read_text("utf-8").splitlines())      # a plan may be added
+    assert all((line and f"    {line}") in source for line in quote)
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+    assert len(README.splitlines()) <= 200
