@@ -52,15 +52,15 @@ def scored(run: Run, corpus: data.Corpus, plans) -> dict:
     planned = {}                                        # the three likeliest labels (n+1, 3)
     for plan in [plan for plan in plans if plan not in NO_PLANNER]:
         probs = torch.from_numpy(scores[plan].label_log_probs).exp().nan_to_num()
-        planned[plan] = probs.topk(min(3, probs.shape[1]))
+        planned[plan] = probs.sort(dim=1, descending=True, stable=True)     # ties as argmax
     decoder = codecs.getincrementaldecoder("utf-8")("replace")      # a character may span tokens
     tokens = map(run.tokenizer.decode_single_token_bytes, corpus.tokens.tolist())
     return {"tokens": [decoder.decode(token) for token in tokens],
             "sentences": corpus.sentences.tolist(), "documents": corpus.documents.tolist(),
             "labels": corpus.labels.tolist(),
             "nll": {plan: x.nll.round(4).tolist() for plan, x in scores.items()},
-            "top": {plan: top.indices.tolist() for plan, top in planned.items()},
-            "prob": {plan: top.values.tolist() for plan, top in planned.items()}}
+            "top": {plan: top.indices[:, :3].tolist() for plan, top in planned.items()},
+            "prob": {plan: top.values[:, :3].tolist() for plan, top in planned.items()}}
 
 
 def example_documents(corpus: data.Corpus, tokenizer) -> data.Corpus:
