@@ -1,13 +1,12 @@
-"""Causal sentences, batches, the tokenizer, the store on disk, corpora (step 1 of the method).
+"""Causal sentences, batches, tokenizer, the store on disk, corpora (step 1 of the method).
 
 Three decisions shape this file.
 - A sentence boundary is a function of the bytes before it, never of those after it. A splitter that
   looks ahead tells the model, by the moment at which the plan changes, what the next token will be.
-- Our tokenizer glues a space to the word *before* it ("end. " + "Next "), so that the boundary
-  after "end. " falls between two tokens. GPT-2's glues it to the word after, which then closes the
-  old sentence.
-- A corpus is a stream `<|endoftext|> document <|endoftext|> document <|endoftext|> ...`, whose
-  sentences and documents follow from its tokens alone (`Corpus.from_tokens`).
+- Our tokenizer glues a space to the word *before* it ("end. " + "Next "): a boundary falls between
+  two tokens. GPT-2's glues it to the word after, which then closes the old sentence.
+- A corpus is a stream `<|endoftext|> document <|endoftext|> document <|endoftext|> ...`; its tokens
+  alone say where sentences and documents start (`Corpus.from_tokens`).
 """
 import ast
 import contextlib
@@ -15,18 +14,15 @@ import functools
 import gc
 import hashlib
 import heapq
-import importlib.metadata
-import importlib.util
 import itertools
 import json
-import os
 import re
-import shutil
 import warnings
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib import metadata, util
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +32,6 @@ from tqdm import tqdm
 
 EOT = "<|endoftext|>"
 SPLITS = ("train", "val", "test")
-
-
-# --- sentences ------------------------------------------------------------------------------------
-
 MIN_BYTES = 24                          # a sentence has at least so many bytes
 SOFT_BYTES = 240                        # from here on, any space ends it
 HARD_BYTES = 320                        # here it ends
@@ -50,22 +42,19 @@ HARD_BYTES = 320                        # here it ends
 STOP = re.compile(rb"""[ \n](?<=[.!?].)|[ \n](?<=[.!?]["')\]`*].)|\n(?<![^\n]{60}\n)"""
                   rb"""|\xe3\x80\x82|\xef\xbc[\x81\x9f]""", re.DOTALL)
 SPACE = re.compile(rb"[ \n]|\xe3\x80\x82|\xef\xbc[\x81\x9f]")
-# No byte but the first of a character can start a match, so stray bytes can't look ahead either.
 CHARACTER = re.compile(rb"[\x00-\x7f]|[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}"
-                       rb"|[\xf0-\xf4][\x80-\xbf]{3}")
+                       rb"|[\xf0-\xf4][\x80-\xbf]{3}")         # a stray byte is none, and waits
 
 
 def boundaries(text: bytes) -> list[int]:
     """Byte offsets just after each finished sentence of a document; text[:n] gives those <= n."""
     ends, start = [], 0
-    while True:
-        match = (STOP.search(text, start + MIN_BYTES - 1, start + SOFT_BYTES)
-                 or SPACE.search(text, start + SOFT_BYTES, start + HARD_BYTES)
-                 or CHARACTER.search(text, start + HARD_BYTES - 1))     # never half of one
-        if match is None:
-            return ends                 # the end of the input is not a boundary
+    while match := (STOP.search(text, start + MIN_BYTES - 1, start + SOFT_BYTES)
+                    or SPACE.search(text, start + SOFT_BYTES, start + HARD_BYTES)
+                    or CHARACTER.search(text, start + HARD_BYTES - 1)):     # never half of one
         start = match.end()
         ends.append(start)
+    return ends                         # the end of the input is not a boundary
 
 
 def segment(text: str) -> list[str]:
@@ -76,72 +65,60 @@ def segment(text: str) -> list[str]:
 
 
 def sentence_ends(tokens: np.ndarray, tokenizer: tiktoken.Encoding) -> np.ndarray:
-    """tokens (T,) -> bool (T,): whether a sentence ends with each token. A boundary belongs to the
-    token that holds its last byte, `<|endoftext|>` always ends one, the end of the input never
-    does: sentence_ends(tokens[:n]) == sentence_ends(tokens)[:n]."""
+    """tokens (T,) -> bool (T,): whether a sentence ends in each, as in `<|endoftext|>`. It never
+    looks ahead: sentence_ends(tokens[:n]) == sentence_ends(tokens)[:n]."""
     sizes = token_bytes(tokenizer)
     ends = np.asarray(tokens) == tokenizer.eot_token                        # (T,)
     start = 0
     for stop in [*np.flatnonzero(ends).tolist(), len(tokens)]:
         document = tokens[start:stop]
-        cuts = boundaries(tokenizer.decode_bytes(document.tolist()))
-        ends[start + np.searchsorted(sizes[document].cumsum(), cuts)] = True
+        cuts = boundaries(tokenizer.decode_bytes(document.tolist()))        # in bytes
+        ends[start + np.searchsorted(sizes[document].cumsum(), cuts)] = True    # holds the last one
         start = stop + 1                # behind <|endoftext|>
     return ends
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=8)         # one call into tiktoken for each token: slow
 def token_bytes(tokenizer: tiktoken.Encoding) -> np.ndarray:
     """(V,) the number of bytes of each token."""
-    sizes = [len(tokenizer.decode_single_token_bytes(t)) for t in range(tokenizer.n_vocab)]
-    return np.array(sizes, dtype=np.int64)
+    return np.array([len(tokenizer.decode_single_token_bytes(t)) for t in range(tokenizer.n_vocab)])
 
 
 @dataclass
 class Corpus:
-    """A stream of tokens with its structure.
-
-    tokens    (N,)    ids; the first is `<|endoftext|>`, as is the one that closes each document
-    sentences (n+1,)  where each sentence starts, in tokens; the last one is not finished (it may
-                      be empty)
-    documents (d,)    where each document starts, in sentences
-    vectors   (n, E)  of the finished sentences, and labels (n,): None before stage `labels`
-    """
-    tokens: np.ndarray
-    sentences: np.ndarray
-    documents: np.ndarray
-    vectors: np.ndarray | None = None
-    labels: np.ndarray | None = None
+    """A stream of N tokens in n finished sentences and d documents."""
+    tokens: np.ndarray                      # (N,) <|endoftext|> first, then after each document
+    sentences: np.ndarray                   # (n+1,) where each starts; the last is not finished
+    documents: np.ndarray                   # (d,) where each starts, in sentences
+    vectors: np.ndarray | None = None       # (n, E) of the finished sentences; None before step 2
+    labels: np.ndarray | None = None        # (n,) the same
 
     @classmethod
     def from_tokens(cls, tokens: np.ndarray, tokenizer: tiktoken.Encoding) -> "Corpus":
-        """The structure of any stream, from its tokens alone; no entry depends on later tokens."""
-        ends = np.flatnonzero(sentence_ends(tokens, tokenizer))
+        """Step 1: the structure of any stream, from its tokens alone; none of it looks ahead."""
+        ends = np.flatnonzero(sentence_ends(tokens, tokenizer))             # (n,)
         # <|endoftext|> belongs to the document that it ends: the next one starts behind it.
-        closed = np.flatnonzero(tokens[ends] == tokenizer.eot_token)
+        closed = np.flatnonzero(tokens[ends] == tokenizer.eot_token)        # (d-1,)
         return cls(tokens, np.append(0, ends + 1), np.append(0, closed + 1))
 
     @classmethod
     def from_texts(cls, texts: Iterable[str], tokenizer: tiktoken.Encoding) -> "Corpus":
         """`<|endoftext|>`, then each document that is not blank with one behind it."""
-        tokens = [tokenizer.eot_token]
-        for text in texts:
-            if text.strip():
-                tokens += tokenizer.encode_ordinary(text) + [tokenizer.eot_token]
-        return cls.from_tokens(np.array(tokens), tokenizer)
+        eot = [tokenizer.eot_token]
+        parts = [tokenizer.encode_ordinary(text) + eot for text in texts if text.strip()]
+        return cls.from_tokens(np.concatenate([eot, *parts]), tokenizer)    # (N,)
 
     @property
     def n_sentences(self) -> int:
-        return len(self.sentences) - 1                  # finished ones
+        return len(self.sentences) - 1      # finished ones
 
 
 # --- batches --------------------------------------------------------------------------------------
 
 @dataclass
 class Batch:
-    """Windows of tokens, and a row of P sentences for each: what the planner may read there. Rows
-    are aligned right: their last S slots are the sentences that the window's targets touch, or, in
-    a window that touches fewer, sentences before those. README: "A worked example"."""
+    """Windows of tokens; for each, the P sentences that the planner may read. The last S are those
+    that the targets touch or, where these are fewer, some before. README: "A worked example"."""
     tokens: torch.Tensor                            # (B, T)
     targets: torch.Tensor                           # (B, T) the next token, -1 beyond the end
     sentence_id: torch.Tensor | None = None         # (B, T) in 0..S-1, of the target
@@ -159,81 +136,71 @@ class Batch:
 
 def window_batch(corpus: Corpus, starts: np.ndarray, width: int, reach: int = 0,
                  view: str = "document") -> Batch:
-    """The windows of T = width inputs from each of `starts` (B,); before stage `labels`, tokens and
-    targets alone. The planner reads at most `reach` sentences before those that a window touches,
-    back to the start of the document; with view="window", only sentences that lie wholly in the
-    window."""
+    """The windows of T = width inputs from each of `starts` (B,). The planner reads at most `reach`
+    sentences of the document before those touched; with view="window", only those wholly within."""
     at = starts[:, None] + np.arange(width + 1)                             # (B, T+1)
     inside = at < len(corpus.tokens)
     tokens = corpus.tokens[np.where(inside, at, 0)].astype(np.int64)
     arrays = {"tokens": tokens[:, :-1], "targets": np.where(inside, tokens, -1)[:, 1:]}
+    if corpus.vectors is None:
+        return _batch(**arrays)             # nobody plans before step 2
+    # Position t predicts token t+1, so it gets the plan of the sentence that holds token t+1.
+    sentence = np.searchsorted(corpus.sentences, at[:, 1:], side="right") - 1           # (B, T)
+    touched, last = sentence[:, :1], sentence[:, -1:]                       # (B, 1)
+    earliest = touched                                                      # (B, 1)
+    if view == "document":
+        document = np.searchsorted(corpus.documents, touched, side="right") - 1
+        earliest = np.maximum(corpus.documents[document], touched - reach)
+    # Few different shapes: each new one costs memory, and time where the model is compiled.
+    S = 8 * -(-np.max(last - touched + 1) // 8)
+    P = 16 * -(-max(S, np.max(last - earliest + 1)) // 16)
 
-    if corpus.vectors is not None:
-        # Position t predicts token t+1, so it gets the plan of the sentence that holds token t+1.
-        sentence = np.searchsorted(corpus.sentences, at[:, 1:], side="right") - 1       # (B, T)
-        touched, last = sentence[:, :1], sentence[:, -1:]                   # (B, 1)
-        earliest = touched
-        if view == "document":
-            document = np.searchsorted(corpus.documents, touched, side="right") - 1
-            earliest = np.maximum(corpus.documents[document], touched - reach)
-        # Few different shapes: each new one costs memory, and time where the model is compiled.
-        S = 8 * -(-np.max(last - touched + 1) // 8)
-        P = 16 * -(-max(S, np.max(last - earliest + 1)) // 16)
-
-        index = last + np.arange(1 - P, 1)                                  # (B, P) in each slot
-        in_view = index >= earliest
-        finished = in_view & (index < corpus.n_sentences)   # an unfinished one has no vector
-        known = np.where(finished, index, 0)
-        first = ~in_view | (index == earliest) | opens_document(corpus, index)
-        if view == "window":                # the sentence before began before the window
-            first |= corpus.sentences[np.maximum(index - 1, 0)] < starts[:, None]
-        labels = np.where(finished, corpus.labels[known], -1).astype(np.int64)
-        before = np.where(first, -1, np.roll(labels, 1, axis=1))
-        arrays |= {"sentence_id": sentence - last + S - 1, "first": first,
-                   "vectors": np.where(finished[..., None], corpus.vectors[known], 0).astype("f4"),
-                   "labels": np.where(index < touched, -1, labels)[:, -S:],
-                   "previous": before[:, -S:]}
-    return _as_batch(arrays)
+    index = last + np.arange(1 - P, 1)                                      # (B, P) in each slot
+    in_view = index >= earliest
+    finished = in_view & (index < corpus.n_sentences)       # an unfinished one has no vector
+    known = np.where(finished, index, 0)                    # any valid index: it is masked below
+    document = np.searchsorted(corpus.documents, index, side="right")       # (B, P)
+    first = ~in_view | (index == earliest) | (np.diff(document, axis=1, prepend=-1) > 0)
+    if view == "window":                    # the sentence before began before the window
+        first |= corpus.sentences[np.maximum(index - 1, 0)] < starts[:, None]
+    labels = np.where(finished, corpus.labels[known], -1).astype(np.int64)
+    before = np.where(first, -1, np.roll(labels, 1, axis=1))
+    vectors = np.where(finished[..., None], corpus.vectors[known], 0).astype("f4")      # (B, P, E)
+    labels = np.where(index < touched, -1, labels)          # there is no loss on mere context
+    return _batch(**arrays, sentence_id=sentence - last + S - 1, vectors=vectors, first=first,
+                  labels=labels[:, -S:], previous=before[:, -S:])
 
 
 def sentence_batch(corpus: Corpus, starts: np.ndarray, width: int) -> Batch:
     """P = S = width sentences in a row from each of `starts` (B,), to train the planner alone."""
     index = starts[:, None] + np.arange(width)                              # (B, S)
-    first = opens_document(corpus, index)
-    first[:, 0] = True
-    no_tokens = np.zeros((len(starts), 0), np.int64)
-    return _as_batch({"tokens": no_tokens, "targets": no_tokens, "first": first,
-                      "vectors": corpus.vectors[index].astype(np.float32),
-                      "labels": corpus.labels[index].astype(np.int64)})
+    document = np.searchsorted(corpus.documents, index, side="right")       # (B, S)
+    first = np.diff(document, axis=1, prepend=-1) > 0       # in slot 0 too: left of it is nothing
+    none = np.zeros((len(starts), 0), np.int64)                             # (B, 0) no tokens
+    return _batch(tokens=none, targets=none, first=first,
+                  vectors=corpus.vectors[index].astype("f4"),               # (B, S, E)
+                  labels=corpus.labels[index].astype(np.int64))
 
 
-def opens_document(corpus: Corpus, index: np.ndarray) -> np.ndarray:
-    """Whether each sentence, of any shape, is the first of a document."""
-    document = np.searchsorted(corpus.documents, index, side="right") - 1
-    return corpus.documents[np.maximum(document, 0)] == index
-
-
-def _as_batch(arrays: dict[str, np.ndarray]) -> Batch:
+def _batch(**arrays: np.ndarray) -> Batch:
     return Batch(**{name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in arrays.items()})
 
 
-def batch_starts(length: int, width: int, rows: int, seed: tuple[int, ...],
-                 step: int) -> np.ndarray:
-    """(rows,) where the windows of a step start: a function of (seed, step) alone. Each epoch
-    visits each of the disjoint windows of `width` once, in a new order and with a new offset.
-    Raises ValueError where no window fits."""
-    n = (length - width) // width                   # one window less, for the offset
+def batch_starts(length: int, width: int, rows: int, seed: tuple, step: int) -> np.ndarray:
+    """(rows,) where a step's windows start, from (seed, step) alone: each epoch visits the disjoint
+    windows once, in a new order and with a new offset. Raises ValueError where none fits."""
+    n = (length - width) // width           # one window less, for the offset
     if n < 1:
         raise ValueError(f"a window of {width} is too long for a training split of {length}: "
                          "lower block_size (or planner_reach), or give more text")
-    epoch, place = np.divmod(np.arange(step * rows, (step + 1) * rows), n)
+    epoch, place = np.divmod(np.arange(step * rows, (step + 1) * rows), n)  # (rows,), (rows,)
     return np.array([_epoch(seed, e, n, width)[p] for e, p in zip(epoch.tolist(), place)])
 
 
-@functools.lru_cache(maxsize=4)
-def _epoch(seed: tuple[int, ...], epoch: int, n: int, width: int) -> np.ndarray:
+@functools.lru_cache(maxsize=4)             # the same for all steps of an epoch
+def _epoch(seed: tuple, epoch: int, n: int, width: int) -> np.ndarray:
     random = np.random.default_rng((*seed, epoch))
-    return random.integers(width) + width * random.permutation(n)
+    return random.integers(width) + width * random.permutation(n)           # (n,)
 
 
 # --- tokenizer ------------------------------------------------------------------------------------
@@ -262,9 +229,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, limit: int = 16 << 20) -> d
         for a, b in itertools.pairwise(word):
             pairs[a + b] += n
             words_with[a + b].add(i)
-    heap = [(-n, pair) for pair, n in pairs.items()]
-    heapq.heapify(heap)
-    ranks = {bytes([b]): b for b in range(256)}
+    heap = sorted((-n, pair) for pair, n in pairs.items())  # of equals, the first in bytes wins
+    ranks = {bytes([b]): b for b in range(256)}             # any text can be encoded
     while heap and len(ranks) < vocab_size - 1:
         n, token = heapq.heappop(heap)
         if -n != pairs[token] or -n < 2 or token in ranks:
@@ -273,27 +239,20 @@ def train_bpe(texts: Iterable[str], vocab_size: int, limit: int = 16 << 20) -> d
         changed = set()
         for i in words_with.pop(token):     # the other words stay as they are
             word, n = words[i]
-            merged = _merge(word, token)
+            merged = word[:1]
+            for piece in word[1:]:          # from the left: in "aaa", the first "aa"
+                merged.append(piece)
+                if merged[-2] + piece == token:
+                    merged[-2:] = [token]
             words[i] = merged, n
             for sign, pieces in ((-n, word), (n, merged)):
                 for a, b in itertools.pairwise(pieces):
                     pairs[a + b] += sign
                     words_with[a + b].add(i)
                     changed.add(a + b)
-        for pair in changed:
+        for pair in changed:                # once each; once a word is three times as slow
             heapq.heappush(heap, (-pairs[pair], pair))
     return ranks
-
-
-def _merge(word: list[bytes], token: bytes) -> list[bytes]:
-    """The word, each neighbouring pair that makes up the token replaced by it from the left."""
-    merged = []
-    for piece in word:
-        if merged and merged[-1] + piece == token:
-            merged[-1] = token
-        else:
-            merged.append(piece)
-    return merged
 
 
 def bpe_tokenizer(ranks: dict[bytes, int]) -> tiktoken.Encoding:
@@ -326,7 +285,7 @@ def load_tokenizer(path: Path) -> tiktoken.Encoding:
     return bpe_tokenizer({bytes.fromhex(t): rank for rank, t in enumerate(saved["tokens"])})
 
 
-# --- files ----------------------------------------------------------------------------------------
+# --- the store on disk ----------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -335,7 +294,7 @@ def replacing(path: Path) -> Iterator[Path]:
     working = path.with_name(path.name + ".tmp")
     try:
         yield working
-        os.replace(working, path)
+        working.replace(path)
     except (OSError, RuntimeError) as error:            # torch reports a full disk as the latter
         working.unlink(missing_ok=True)
         raise OSError(f"could not write {path} ({str(error).splitlines()[0]}): what was saved "
@@ -353,40 +312,36 @@ def read_json(path: Path, *keys: str) -> dict:
     try:
         content = json.loads(path.read_text("utf-8"))
         for key in keys:
-            content[key]
+            content[key]                                # a KeyError, or a list's TypeError
         return content
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{path} is damaged: delete {path.parent} and run again") from None
 
 
-# --- store ----------------------------------------------------------------------------------------
-
 @dataclass
 class Store:
-    """A prepared corpus: its folder and tokenizer, a hash of its tokens, and the bytes of text in
-    each split."""
+    """A prepared corpus on disk."""
     path: Path
     tokenizer: tiktoken.Encoding
-    fingerprint: str
-    bytes: dict[str, int]
+    fingerprint: str                        # a hash of the tokens
+    bytes: dict[str, int]                   # of text, in each split
 
     def split(self, name: str) -> Corpus:
         """One split, its tokens as a memory map. Raises ValueError where a file is cut short."""
         file = self.path / f"{name}.npz"
         try:
             with np.load(file) as arrays:
-                sentences, documents = arrays["sentences"], arrays["documents"]
-            tokens = np.memmap(file.with_suffix(".tokens"), np.uint16, "r", 0, int(sentences[-1]))
+                n_tokens = int(arrays["sentences"][-1])
+                tokens = np.memmap(file.with_suffix(".tokens"), np.uint16, "r", 0, n_tokens)
+                return Corpus(tokens, arrays["sentences"], arrays["documents"])
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{file} is damaged ({error}): delete {self.path}") from None
-        return Corpus(tokens, sentences, documents)
 
 
 def prepare(name: str, tokenizer: str, vocab_size: int, cache_dir: Path) -> Store:
-    """Tokenizes a corpus, or opens it where that was done before: the folder's name holds a hash of
-    all it depends on (this file, the sources, the tokenizer). Documents are read one at a time, so
-    memory does not grow with the text. Raises ValueError where a split stays empty."""
-    sources = [importlib.metadata.version(package) for package in DOCSTRING_PACKAGES]
+    """Tokenizes a corpus, or opens it where that was done before, with the same sources, tokenizer
+    and data.py. It reads one document at a time. Raises ValueError where a split stays empty."""
+    sources = [metadata.version(package) for package in DOCSTRING_PACKAGES]
     if name != "docstrings":
         files = [(path.resolve(), path.stat()) for path in corpus_files(name, cache_dir)]
         sources = [f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in files]
@@ -396,123 +351,104 @@ def prepare(name: str, tokenizer: str, vocab_size: int, cache_dir: Path) -> Stor
     path = cache_dir / f"{Path(name).name}-{key}"
     if not path.exists():
         working = path.with_name(path.name + ".tmp")
-        shutil.rmtree(working, ignore_errors=True)      # of a process that was killed
-        working.mkdir(parents=True)
-        _write_store(working, name, tokenizer, vocab_size, cache_dir)
-        os.rename(working, path)                        # only now is it there, and whole
+        working.mkdir(parents=True, exist_ok=True)      # one killed left files: all are made anew
+        if tokenizer == "gpt2":
+            encoding = gpt2_tokenizer()
+        else:                               # one pass over the corpus; a second tokenizes it
+            training = (text for split, text in documents(name, cache_dir) if split == "train")
+            encoding = bpe_tokenizer(train_bpe(training, vocab_size))
+        save_tokenizer(working / "tokenizer.json", encoding)
+        _write_splits(working, name, cache_dir, encoding)
+        working.rename(path)                            # only now is it there, and whole
     meta = read_json(path / "meta.json", "fingerprint", "bytes")
     return Store(path, load_tokenizer(path / "tokenizer.json"), **meta)
 
 
-def _write_store(path: Path, name: str, tokenizer: str, vocab_size: int, cache_dir: Path) -> None:
-    """Reads the corpus twice: to train the tokenizer, and to tokenize it."""
-    if tokenizer == "gpt2":
-        encoding = gpt2_tokenizer()
-    else:
-        training = (text for split, text in documents(name, cache_dir) if split == "train")
-        encoding = bpe_tokenizer(train_bpe(training, vocab_size))
-    save_tokenizer(path / "tokenizer.json", encoding)
-    eot, n_bytes, fingerprint = encoding.eot_token, dict.fromkeys(SPLITS, 0), hashlib.sha256()
+def _write_splits(path: Path, name: str, cache_dir: Path, tokenizer: tiktoken.Encoding) -> None:
+    fingerprint, n_bytes = hashlib.sha256(), dict.fromkeys(SPLITS, 0)
     with contextlib.ExitStack() as stack:
         files = {s: stack.enter_context(open(path / f"{s}.tokens", "wb")) for s in SPLITS}
         opening = [(split, "") for split in SPLITS]     # a split begins with <|endoftext|>
         texts = itertools.chain(opening, documents(name, cache_dir))
         for split, text in tqdm(texts, desc="tokenize", unit=" documents", leave=False):
-            tokens = [*encoding.encode_ordinary(text), eot]
+            tokens = [*tokenizer.encode_ordinary(text), tokenizer.eot_token]
             files[split].write(np.array(tokens, np.uint16).tobytes())       # 65,536 ids at most
             n_bytes[split] += len(text.encode())
-    for split in SPLITS:
-        corpus = Corpus.from_tokens(np.fromfile(path / f"{split}.tokens", np.uint16), encoding)
-        fingerprint.update(corpus.tokens)
+    for split in SPLITS:                    # step 1: sentences and documents of all tokens
+        corpus = Corpus.from_tokens(np.fromfile(path / f"{split}.tokens", np.uint16), tokenizer)
         if corpus.n_sentences < 3:                      # <|endoftext|>, and two
             raise ValueError(f"data={name} leaves fewer than two sentences for {split}: give at "
                              "least 40 lines of text, or 20 documents of two sentences")
         np.savez(path / f"{split}.npz", sentences=corpus.sentences, documents=corpus.documents)
+        fingerprint.update(corpus.tokens)
     write_json(path / "meta.json", {"fingerprint": fingerprint.hexdigest()[:16], "bytes": n_bytes})
 
 
 # --- corpora --------------------------------------------------------------------------------------
 
 DOCSTRING_PACKAGES = ("torch", "sympy", "networkx", "numpy")
-STORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-"
+STORY = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-"
+WIKITEXT = "https://wikitext.smerity.com/wikitext-103-raw-v1.zip"
 DOWNLOADS = {                               # name -> [(address, sha256)]
     "tinystories": [
-        (STORIES + "train.txt",
-         "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443"),
-        (STORIES + "valid.txt",
-         "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d")],
-    "wikitext103": [
-        ("https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
-         "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794")],
+        (STORY + "train.txt", "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443"),
+        (STORY + "valid.txt", "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d")],
+    "wikitext103": [(WIKITEXT, "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794")],
 }
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+FOLDS = [*18 * ["train"], "val", "test"]    # 90/5/5, by a number modulo 20
 
 
 def documents(name: str, cache_dir: Path) -> Iterator[tuple[str, str]]:
     """Yields (split, text) for each document, that is not blank, of a corpus: `docstrings`, a name
     in DOWNLOADS, or a path. Raises FileNotFoundError or ValueError for one that can't be read."""
     if name == "docstrings":
-        splits = _docstrings()
+        yield from _docstrings()
     elif name == "wikitext103":
-        splits = _wikitext(*corpus_files(name, cache_dir))
+        archive = zipfile.ZipFile(*corpus_files(name, cache_dir))
+        for split, part in zip(SPLITS, ("train", "valid", "test")):
+            text = archive.read(f"wikitext-103-raw/wiki.{part}.raw").decode()
+            for article in re.split(r"(?m)^(?= = [^=].* = $)", text)[1:]:   # " = Title = " opens
+                yield split, article
     else:
-        splits = _split_files(corpus_files(name, cache_dir))
-    yield from ((split, text) for split, text in splits if text.strip())
+        parts = _split_files(corpus_files(name, cache_dir))
+        yield from ((split, text) for split, text in parts if text.strip())
 
 
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
-def _fold(n: int) -> str:
-    """90/5/5, from a number."""
-    return {18: "val", 19: "test"}.get(n % 20, "train")
-
-
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)             # `prepare` reads a corpus twice; this takes 15 s
 def _docstrings() -> list[tuple[str, str]]:
     """Docstrings of 200 characters or more of the packages in requirements.txt, in the order of
     their hashes; one file, one split. Sources are parsed, nothing is imported."""
     unique = {}
-    gc.disable()                        # it would take two thirds of the time; trees have no cycles
+    gc.disable()                            # it would take two thirds of the time, for no cycle
     warnings.simplefilter("ignore", SyntaxWarning)      # old sources hold invalid escapes
     for package in DOCSTRING_PACKAGES:
-        root = Path(importlib.util.find_spec(package).submodule_search_locations[0])
-        for path in tqdm(sorted(root.rglob("*.py")), desc=f"read {package}", leave=False):
-            split = _fold(_hash(path.relative_to(root.parent).as_posix()))
+        root = Path(util.find_spec(package).submodule_search_locations[0])
+        for path in tqdm(sorted(root.rglob("*.py")), f"read {package}", leave=False):
+            split = FOLDS[_hash(path.relative_to(root.parent).as_posix()) % 20]
+            nodes = []
             with contextlib.suppress(SyntaxError, ValueError):  # templates, newer Pythons' syntax
-                for text in _docstrings_in(ast.parse(path.read_bytes())):
-                    if len(text) >= 200:
-                        unique.setdefault(_hash(text), (split, text))
+                nodes = [ast.parse(path.read_bytes())]
+            for node in nodes:              # grows; ast.walk goes into expressions, too: slow
+                nodes += [x for x in ast.iter_child_nodes(node) if not isinstance(x, ast.expr)]
+                text = ast.get_docstring(node) if isinstance(node, DOCUMENTED) else None
+                if text and len(text) >= 200:
+                    unique.setdefault(_hash(text), (split, text))
     gc.enable()
     return [unique[key] for key in sorted(unique)]
 
 
-def _docstrings_in(node: ast.AST) -> Iterator[str]:
-    """The docstrings below a node of a syntax tree, in the order of the lines."""
-    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-        yield ast.get_docstring(node) or ""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.stmt, ast.ExceptHandler, ast.match_case)):
-            yield from _docstrings_in(child)
-
-
-def _wikitext(archive: Path) -> Iterator[tuple[str, str]]:
-    """One document for each article of WikiText-103: a line ` = Title = ` opens one."""
-    for split, name in zip(SPLITS, ("train", "valid", "test")):
-        text = zipfile.ZipFile(archive).read(f"wikitext-103-raw/wiki.{name}.raw").decode()
-        for article in re.split(r"(?m)^(?= = [^=].* = $)", text):
-            yield split, article
-
-
 def corpus_files(name: str, cache_dir: Path) -> list[Path]:
-    """The files of a corpus in DOWNLOADS, the file at a path, or a folder's .txt and .jsonl files,
-    sorted. Raises FileNotFoundError where there is none."""
+    """The files of a name in DOWNLOADS, the file at a path, or a folder's .txt and .jsonl files."""
     if name in DOWNLOADS:
         return [download(*source, cache_dir) for source in DOWNLOADS[name]]
-    path = Path(name)
-    if path.is_file():
-        return [path]
-    files = sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".jsonl"))
+    if Path(name).is_file():
+        return [Path(name)]                 # whatever its suffix
+    files = sorted(f for f in Path(name).rglob("*") if f.suffix in (".txt", ".jsonl"))
     if not files:
         raise FileNotFoundError(f"data={name} is no .txt or .jsonl file, nor a folder that holds "
                                 f"one: give a path, docstrings, {' or '.join(DOWNLOADS)}")
@@ -533,21 +469,21 @@ def download(url: str, sha256: str, folder: Path) -> Path:
 
 def _split_files(files: list[Path]) -> Iterator[tuple[str, str]]:
     """90/5/5: documents are dealt out in the order of their hashes, so that copies fall on one side
-    and no split stays empty; each of fewer than 20 is cut into three, after a blank."""
+    and no split stays empty; each of fewer than 20 is cut into three, after a blank if one is
+    near."""
     hashes = (_hash(text) for path in files for text in read_documents(path) if text.strip())
-    hashes = np.unique(np.fromiter(hashes, np.uint64))
-    for text in itertools.chain.from_iterable(read_documents(path) for path in files):
+    hashes = np.unique(np.fromiter(hashes, np.uint64))      # (n,) sorted: 8 bytes a document
+    for text in itertools.chain.from_iterable(map(read_documents, files)):
         if len(hashes) >= 20:
-            yield _fold(int(np.searchsorted(hashes, np.uint64(_hash(text))))), text
-        else:
-            train, val = (_after_blank(text, int(share * len(text))) for share in (0.9, 0.95))
-            yield from zip(SPLITS, (text[:train], text[train:val], text[val:]))
-
-
-def _after_blank(text: str, start: int) -> int:
-    """The first place behind a blank from start on; start, where it is far (as in Chinese)."""
-    blank = re.compile(r"\s").search(text, start, start + len(text) // 50)
-    return blank.end() if blank else start
+            yield FOLDS[np.searchsorted(hashes, np.uint64(_hash(text))) % 20], text
+            continue
+        start = 0
+        for split, share in zip(SPLITS, (0.9, 0.95, 1.0)):
+            stop = int(share * len(text))
+            blank = re.compile(r"\s").search(text, stop, stop + len(text) // 50)
+            stop = blank.end() if blank else stop       # Chinese has no blanks
+            yield split, text[start:stop]
+            start = stop
 
 
 def read_documents(path: Path) -> Iterator[str]:
@@ -555,12 +491,10 @@ def read_documents(path: Path) -> Iterator[str]:
     `<|endoftext|>` separates them. Raises ValueError where it can't be read."""
     number, parts = 0, []
     try:
-        with open(path, encoding="utf-8-sig") as lines:
+        with open(path, encoding="utf-8-sig") as lines:     # a byte order mark is no text
             for number, line in enumerate(lines, 1):
                 if path.suffix == ".jsonl" and line.strip():
-                    text = json.loads(line)["text"]
-                    text.encode()           # JSON can hold what UTF-8 can't
-                    yield text
+                    yield json.loads(line)["text"].encode().decode()    # \ud800 fails
                 elif path.suffix != ".jsonl" and line.strip() == EOT:
                     yield "".join(parts)
                     parts = []
@@ -570,4 +504,4 @@ def read_documents(path: Path) -> Iterator[str]:
         raise ValueError(f"{path} is not valid UTF-8 ({error.reason}): convert it first") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ValueError(f'{path}:{number} is not a JSON object with a string "text"') from None
-    yield "".join(parts)
+    yield "".join(parts)                    # what follows the last <|endoftext|>
