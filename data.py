@@ -114,7 +114,6 @@ class Corpus:
 
 
 # --- batches --------------------------------------------------------------------------------------
-
 @dataclass
 class Batch:
     """Windows of tokens; for each, the P sentences that the planner may read. The last S are those
@@ -163,7 +162,7 @@ def window_batch(corpus: Corpus, starts: np.ndarray, width: int, reach: int = 0,
     first = ~in_view | (index == earliest) | (np.diff(document, axis=1, prepend=-1) > 0)
     if view == "window":                    # the sentence before began before the window
         first |= corpus.sentences[np.maximum(index - 1, 0)] < starts[:, None]
-    labels = np.where(finished, corpus.labels[known], -1).astype(np.int64)
+    labels = np.where(finished, corpus.labels[known], -1)                   # (B, P)
     before = np.where(first, -1, np.roll(labels, 1, axis=1))
     vectors = np.where(finished[..., None], corpus.vectors[known], 0).astype("f4")      # (B, P, E)
     labels = np.where(index < touched, -1, labels)          # there is no loss on mere context
@@ -178,8 +177,7 @@ def sentence_batch(corpus: Corpus, starts: np.ndarray, width: int) -> Batch:
     first = np.diff(document, axis=1, prepend=-1) > 0       # in slot 0 too: left of it is nothing
     none = np.zeros((len(starts), 0), np.int64)                             # (B, 0) no tokens
     return _batch(tokens=none, targets=none, first=first,
-                  vectors=corpus.vectors[index].astype("f4"),               # (B, S, E)
-                  labels=corpus.labels[index].astype(np.int64))
+                  vectors=corpus.vectors[index].astype("f4"), labels=corpus.labels[index])
 
 
 def _batch(**arrays: np.ndarray) -> Batch:
@@ -204,7 +202,6 @@ def _epoch(seed: tuple, epoch: int, n: int, width: int) -> np.ndarray:
 
 
 # --- tokenizer ------------------------------------------------------------------------------------
-
 # A word, number or run of signs with the space after it; a line end with the next line's
 # indentation. Plain character ranges mean the same to Python's re and to tiktoken's; bounds keep
 # the longest piece short.
@@ -266,14 +263,14 @@ def gpt2_tokenizer() -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:              # requests' errors are OSErrors
-        raise ValueError("tokenizer=gpt2 could not be downloaded: connect once, or point "
-                         f"TIKTOKEN_CACHE_DIR to its files ({type(error).__name__})") from None
+        raise ValueError(f"tokenizer=gpt2 can't be downloaded ({type(error).__name__}): connect "
+                         "once, or point TIKTOKEN_CACHE_DIR to its files") from None
 
 
 def save_tokenizer(path: Path, tokenizer: tiktoken.Encoding) -> None:
     """Writes what `load_tokenizer` reads: the name gpt2, or our tokens in hex, by rank."""
-    n = 0 if tokenizer.name == "gpt2" else tokenizer.eot_token
-    tokens = [tokenizer.decode_single_token_bytes(t).hex() for t in range(n)]
+    ids = range(0 if tokenizer.name == "gpt2" else tokenizer.eot_token)
+    tokens = [tokenizer.decode_single_token_bytes(t).hex() for t in ids]
     write_json(path, {"name": tokenizer.name, "tokens": tokens})
 
 
@@ -286,7 +283,6 @@ def load_tokenizer(path: Path) -> tiktoken.Encoding:
 
 
 # --- the store on disk ----------------------------------------------------------------------------
-
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, which takes the place of `path` when that is done: a write that fails, or
@@ -377,15 +373,13 @@ def _write_splits(path: Path, name: str, cache_dir: Path, tokenizer: tiktoken.En
     for split in SPLITS:                    # step 1: sentences and documents of all tokens
         corpus = Corpus.from_tokens(np.fromfile(path / f"{split}.tokens", np.uint16), tokenizer)
         if corpus.n_sentences < 3:                      # <|endoftext|>, and two
-            raise ValueError(f"data={name} leaves fewer than two sentences for {split}: give at "
-                             "least 40 lines of text, or 20 documents of two sentences")
+            raise ValueError(f"{name} has fewer than two sentences for {split}: give more text")
         np.savez(path / f"{split}.npz", sentences=corpus.sentences, documents=corpus.documents)
         fingerprint.update(corpus.tokens)
     write_json(path / "meta.json", {"fingerprint": fingerprint.hexdigest()[:16], "bytes": n_bytes})
 
 
 # --- corpora --------------------------------------------------------------------------------------
-
 DOCSTRING_PACKAGES = ("torch", "sympy", "networkx", "numpy")
 STORY = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-"
 WIKITEXT = "https://wikitext.smerity.com/wikitext-103-raw-v1.zip"
@@ -450,8 +444,8 @@ def corpus_files(name: str, cache_dir: Path) -> list[Path]:
         return [Path(name)]                 # whatever its suffix
     files = sorted(f for f in Path(name).rglob("*") if f.suffix in (".txt", ".jsonl"))
     if not files:
-        raise FileNotFoundError(f"data={name} is no .txt or .jsonl file, nor a folder that holds "
-                                f"one: give a path, docstrings, {' or '.join(DOWNLOADS)}")
+        raise FileNotFoundError(f"data={name} is neither a text nor a folder with .txt or .jsonl "
+                                "files, nor docstrings, tinystories, wikitext103")
     return files
 
 

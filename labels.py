@@ -3,8 +3,8 @@
 A sentence's vector is the mean of its token embeddings in the stage-1 GPT, weighted by
 a / (a + p(token)), which tones down frequent tokens (SIF: Arora, Liang and Ma, "A Simple but
 Tough-to-Beat Baseline for Sentence Embeddings", ICLR 2017); the training split's mean is removed,
-and the length is made 1. It depends on its own tokens alone, so a label is a function of its
-sentence. SIF's last step, to take out the first principal component as well, changed nothing here.
+and the length is made 1. So a label is a function of its sentence. SIF's last step, to take out the
+first principal component as well, changed nothing here.
 NOTE(paper): the paper takes its vectors from a pretrained sentence encoder.
 """
 import math
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from data import Corpus
 
 SIF_A = 1e-3                            # a; the source finds anything from 1e-4 to 1e-3 as good
-CHUNK = 4096                            # sentences embedded, or points moved, at a time
+CHUNK = 4096                            # sentences embedded at a time
 MOST_POINTS = 1 << 18                   # k-means iterates over so many drawn vectors at most
 
 
@@ -59,24 +59,16 @@ class Labeler(nn.Module):
             parts.append(F.normalize(means - self.mean, dim=1).half().cpu().numpy())
         return np.concatenate(parts)    # 2 E bytes a sentence, so all of them stay in memory
 
-    def assign(self, vectors: np.ndarray) -> np.ndarray:
-        """(n, E) -> int32 (n,): the nearest centroid of each."""
-        return nearest(vectors, self.centroids)[0].int().cpu().numpy()
-
 
 # --- k-means --------------------------------------------------------------------------------------
-
 def kmeans(x, k: int, seed: int = 0, iters: int = 50, tol: float = 1e-4,
            device: str | torch.device = "cpu", start: torch.Tensor | None = None,
            history: list | None = None):
     """Lloyd's algorithm on x (N, E), an array or tensor -> centroids (K, E), labels (N,), inertia.
 
     Starts from k-means++ or from `start` (K, E). Stops when an iteration lowers the inertia (the
-    sum of squared distances) by less than `tol` of it; `history` receives each iteration's. An
-    empty cluster takes the point farthest from its centroid; with fewer distinct points than K the
-    surplus stays empty. Labels and inertia are those of the centroids returned.
-    Raises ValueError for N < K.
-    """
+    sum of squared distances) by less than `tol` of it; `history` receives each. An empty cluster
+    takes the point farthest from its centroid. Raises ValueError for N < K."""
     if not 1 <= k <= len(x):
         raise ValueError(f"n_labels={k} must lie between 1 and the {len(x)} sentences of the "
                          "training split: ask for fewer labels, or give more text")
@@ -149,10 +141,9 @@ def plus_plus(x: torch.Tensor, k: int, generator: torch.Generator) -> torch.Tens
 
 
 # --- what the labels mean -------------------------------------------------------------------------
-
 def label_before(corpus: Corpus, k: int) -> np.ndarray:
     """int64 (n,): the label of the sentence before each, K at the start of a document."""
-    before = np.append(k, corpus.labels[:-1]).astype(np.int64)              # (n,)
+    before = np.append(k, corpus.labels[:-1])                               # (n,)
     before[corpus.documents[corpus.documents < len(before)]] = k            # nothing came before
     return before
 
@@ -196,8 +187,7 @@ def describe(labeler: Labeler, corpus: Corpus, tokenizer: tiktoken.Encoding,
             sentences[labels[j]].append(text)
     descriptions = []
     for label, size in enumerate(np.bincount(corpus.labels, minlength=k).tolist()):
-        # frequent here, and seldom elsewhere
         score = {w: n / (everywhere[w] + 10) * math.log1p(n) for w, n in within[label].items()}
-        words = sorted(score, key=lambda word: (-score[word], word))[:6]
+        words = sorted(score, key=lambda word: (-score[word], word))[:6]    # frequent here alone
         descriptions.append({"size": size, "words": words, "sentences": sentences[label]})
     return descriptions

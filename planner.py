@@ -27,8 +27,7 @@ class Planner(nn.Module):
         self.head = nn.Linear(n_embd, n_labels, bias=False)                 # C -> K
         init_weights(self, n_layer, seed)
 
-    def forward(self, vectors: torch.Tensor, first: torch.Tensor,
-                n_last: int | None = None) -> torch.Tensor:
+    def forward(self, vectors: torch.Tensor, first: torch.Tensor, n_last: int = 0) -> torch.Tensor:
         """vectors (B, P, E) of unit length, first (B, P) bool -> label logits (B, P, K), or of the
         last n_last slots alone. Slot j reads the vectors of slots i < j, back to the last slot <= j
         that is marked `first`: there the view starts anew (a document, or what may be seen)."""
@@ -42,8 +41,7 @@ class Planner(nn.Module):
         mask = (opening[:, :, None] == opening[:, None, :]).tril()          # (B, P, P)
         for block in self.blocks:
             x = block(x, mask=mask[:, None])                                # (B, P, C)
-        if n_last is not None:
-            x = x[:, -n_last:]                          # the others were context
+        x = x[:, -n_last:]                              # the others were context; -0 keeps all
         return self.head(self.ln_f(x))                                      # (B, S, K)
 
 

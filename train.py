@@ -29,8 +29,6 @@ from model import END_TO_END, PLANS
 from planner import Planner, label_loss
 
 
-# --- options --------------------------------------------------------------------------------------
-
 def opt(default, text, least=None, choices=()):
     """An option: its default, what --help says of it, and the values that it can have."""
     return field(default=default, metadata={"help": text, "least": least, "choices": choices})
@@ -75,7 +73,6 @@ class Config:
     unfreeze_step: int = opt(0, "step of stage joint from which the planner is trained", 0)
     gumbel_tau: float = opt(1.0, "temperature of the plan gumbel", 1e-3)
     weight_decay: float = opt(0.1, "AdamW's, of matrices; not of label_emb", 0)
-    # watching
     eval_every: int = opt(200, "steps between validations; each stage's end is one in any case", 1)
     eval_tokens: int = opt(16384, "validation tokens of those; the final table takes all", 16)
     save_every: int = opt(100, "steps between checkpoints", 1)
@@ -100,8 +97,7 @@ class Config:
             raise ValueError(f"n_head={self.n_head} must divide n_embd={self.n_embd}")
 
 
-PRESETS = {             # gpu is a GPT of 124 M parameters; its steps are 0.5 M tokens
-    "laptop": {},                           # the defaults: minutes on two CPU cores
+PRESETS = {             # laptop: the defaults; gpu: 124 M parameters, 0.5 M tokens a step
     "tiny": dict(vocab_size=512, n_layer=1, n_head=2, n_embd=32, block_size=32, n_labels=8,
                  planner_layer=1, planner_reach=16, batch_size=8, lm_steps=20, planner_steps=20,
                  joint_steps=20, eval_tokens=2048),     # seconds: to try things out
@@ -120,14 +116,15 @@ STAGE_OPTIONS = {       # what a stage depends on, beside what those before it d
 
 
 # --- the four stages ------------------------------------------------------------------------------
-
 def train(config: Config) -> None:
     """All stages, one after the other, and the table of all plans on validation."""
     run = begin(config)                                 # step 1: corpus and sentences
-    train_lm(run)
+    gpt = run.new_model("none")
+    fit(run, "lm", gpt, [(gpt, config.lm_lr)], config.lm_steps)     # every plan starts from it
     with rank_0_first(run):                             # the other ranks read what it fitted
         make_labels(run)                                # step 2
-    train_planner(run)                                  # step 3
+    planner = run.new_model("soft").planner             # step 3
+    fit(run, "planner", planner, [(planner, config.planner_lr)], config.planner_steps)
     for plan in config.plan_names:                      # steps 4 and 5
         train_joint(run, plan)
     if run.rank == 0:
@@ -136,12 +133,6 @@ def train(config: Config) -> None:
         print(table(results))
     if run.world > 1:
         dist.destroy_process_group()
-
-
-def train_lm(run: Run) -> None:
-    """A GPT without plans: its token embeddings make the labels, and every plan starts from it."""
-    model = run.new_model("none")
-    fit(run, "lm", model, [(model, run.config.lm_lr)], run.config.lm_steps)
 
 
 def make_labels(run: Run) -> None:
@@ -154,18 +145,12 @@ def make_labels(run: Run) -> None:
         device = run.device if run.device.type == "cuda" else "cpu"         # mps has no float64
         centroids, label, loss = labels.kmeans(corpus.vectors, c.n_labels, c.seed, device=device)
         labeler.centroids = centroids.cpu()                                 # (K, E)
-        corpus.labels = label.int().cpu().numpy()                           # (n,)
+        corpus.labels = label.cpu().numpy()                                 # (n,)
         print(f"labels: k-means of {len(label):,} sentences into {c.n_labels}, inertia {loss:.0f}")
         run.save("labels", {"model": labeler.state_dict(), "inertia": loss, "done": True,
                             "bigram": labels.label_bigram(corpus, c.n_labels),      # (K+2, K)
                             "descriptions": labels.describe(labeler, corpus, run.tokenizer)})
     run.use_labels()                                    # from the file, first time or not
-
-
-def train_planner(run: Run) -> None:
-    """Step 3: the planner alone, on the label of the next sentence."""
-    planner = run.new_model("soft").planner             # any plan that has one will do
-    fit(run, "planner", planner, [(planner, run.config.planner_lr)], run.config.planner_steps)
 
 
 def train_joint(run: Run, plan: str) -> None:
@@ -183,7 +168,6 @@ def train_joint(run: Run, plan: str) -> None:
 
 
 # --- the loop -------------------------------------------------------------------------------------
-
 def fit(run: Run, name: str, model: torch.nn.Module, parts: list, steps: int) -> None:
     """Trains a model's parts, [(module, peak learning rate)], from the checkpoint NAME.pt if there
     is one, and leaves it finished. Raises ValueError where a gradient is not finite."""
@@ -207,7 +191,6 @@ def fit(run: Run, name: str, model: torch.nn.Module, parts: list, steps: int) ->
         # 1. The learning rate rises over a twentieth of the steps, then falls along a cosine.
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * learning_rate(step, steps)
-
         # 2. Gradients, summed over the micro-batches of this step.
         loss = torch.zeros((), device=device)
         for micro in range(run.grad_accum):
@@ -224,12 +207,10 @@ def fit(run: Run, name: str, model: torch.nn.Module, parts: list, steps: int) ->
             tokens += run.world * (batch.tokens.numel() or batch.labels.numel())
         if stage == "joint" and step < c.unfreeze_step and model.planner is not None:
             model.planner.zero_grad()               # without a gradient there is no step
-
         # 3. Clip and step.
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)     # of both parts
         optimizer.step()
         optimizer.zero_grad()
-
         # 4. Log, validate, save. Not in every step: to read the loss makes a GPU wait.
         done, last = step + 1, step + 1 == steps
         validating, saving = last or done % c.eval_every == 0, last or done % c.save_every == 0
@@ -280,12 +261,10 @@ def make_optimizer(parts: list, weight_decay: float, device: torch.device) -> to
     """AdamW over [(module, peak learning rate)]; only matrices decay, of those not label_emb."""
     groups = []
     for module, lr in parts:
-        decayed, others = [], []
         for name, p in module.to(device).named_parameters():
             decays = p.dim() >= 2 and not name.endswith("label_emb")    # no norms, no biases
-            (decayed if decays else others).append(p)
-        groups.append({"params": decayed, "peak_lr": lr, "weight_decay": weight_decay})
-        groups.append({"params": others, "peak_lr": lr, "weight_decay": 0.0})
+            groups.append({"params": p, "peak_lr": lr,
+                           "weight_decay": weight_decay if decays else 0.0})
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type != "mps")
 
 
@@ -294,8 +273,8 @@ def validate(run: Run, model: torch.nn.Module) -> dict:
     """Nats a token, and the planner's figures, on the first eval_tokens of validation."""
     corpus, n = run.corpus("val"), run.config.eval_tokens
     if isinstance(model, Planner):      # alone, on one long row; a sentence has about 16 tokens
-        row = data.sentence_batch(corpus, corpus.documents[:1], min(corpus.n_sentences, n // 16))
-        row = row.to(run.device)                                            # vectors (1, S, E)
+        S = min(corpus.n_sentences, n // 16)
+        row = data.sentence_batch(corpus, corpus.documents[:1], S).to(run.device)
         return {"val_label_nats": label_loss(model(row.vectors, row.first), row.labels).item()}
     figures = summary(run.score(model, corpus, max_tokens=n), corpus, 1)     # no bits per byte
     names = {"nll": "val_nll", "planner_ce": "val_label_nats", "planner_acc": "val_top1",
@@ -317,8 +296,14 @@ def begin(config: Config) -> Run:
         run.fingerprint = data.read_json(run.out / "config.json", "fingerprint")["fingerprint"]
     elif any(run.out.glob("*.pt")):                     # before join: later, rank 0 writes some
         raise ValueError(f"out_dir={run.out} holds a run: choose another, or continue by --resume")
-    if run.world > 1:
-        join(run)
+    if run.world > 1:                                   # joins the other processes of torchrun
+        if run.device.type == "cuda":                   # one GPU for each rank of this machine
+            run.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(run.device)
+        dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=12))    # rank 0 may prepare for long
+    if run.rank:
+        sys.stdout = open(os.devnull, "w")              # one screen, one voice
     torch.backends.cuda.matmul.allow_tf32 = True        # what stays in float32 is faster on a GPU
     with rank_0_first(run):                             # it prepares, the others open
         run.out.mkdir(parents=True, exist_ok=True)
@@ -326,14 +311,14 @@ def begin(config: Config) -> Run:
         run.fingerprint, run.tokenizer = store.fingerprint, store.tokenizer
         if run.rank == 0:
             data.save_tokenizer(run.out / "tokenizer.json", store.tokenizer)
-            about = {"fingerprint": store.fingerprint, "versions": versions()}
-            data.write_json(run.out / "config.json", asdict(config) | about)
+            data.write_json(run.out / "config.json", asdict(config) | {
+                "fingerprint": store.fingerprint, "versions": versions()})
             if config.start and not config.resume:      # a continued run has its own by now
                 copy_stages(run, Path(config.start))
     corpus = run.corpus("train")
     if config.n_labels > corpus.n_sentences:
-        raise ValueError(f"n_labels={config.n_labels}: the training split has but "
-                         f"{corpus.n_sentences} sentences; ask for fewer, or give more text")
+        raise ValueError(f"n_labels={config.n_labels}: there are {corpus.n_sentences} sentences to "
+                         "train on; ask for fewer labels, or give more text")
     print(f"data: {config.data}, fingerprint {run.fingerprint}, {len(corpus.tokens):,} training "
           f"tokens; {run.device}, {'bfloat16' if run.autocast()._enabled else 'float32'}")
     return run
@@ -349,21 +334,10 @@ def copy_stages(run: Run, source: Path) -> None:
                    if wanted[option] != saved[option]]
         if changed:                                     # the stages after it begin with its result
             return print(f"start: from stage {stage} on all is trained anew: {', '.join(changed)}")
-        plans = [f"joint_{plan}" for plan in run.config.plan_names]
-        for name in plans if stage == "joint" else [stage]:
-            if other.has(name) and other.load(name)["done"]:
-                run.save(name, other.load(name))
-
-
-def join(run: Run) -> None:
-    """Joins torchrun's other processes (ranks): each trains on its share of every batch."""
-    if run.device.type == "cuda":                       # one GPU for each rank of this machine
-        run.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(run.device)
-    dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo",
-                            timeout=timedelta(hours=12))    # rank 0 may prepare a corpus for long
-    if run.rank:
-        sys.stdout = open(os.devnull, "w")              # one screen, one voice
+        names = [f"joint_{plan}" for plan in run.config.plan_names] if stage == "joint" else [stage]
+        for name in [name for name in names if other.has(name)]:
+            if (saved_stage := other.load(name))["done"]:
+                run.save(name, saved_stage)
 
 
 @contextlib.contextmanager
@@ -375,8 +349,6 @@ def rank_0_first(run: Run):
     if run.world > 1 and run.rank == 0:
         dist.barrier()                                  # lets the others go
 
-
-# --- command line ---------------------------------------------------------------------------------
 
 def boolean(text: str) -> bool:
     return ("false", "0", "true", "1").index(text.lower()) >= 2     # else ValueError, for argparse

@@ -36,7 +36,8 @@ def report_data(run: Run, split: str) -> dict:
     sample, writers = None, [plan for plan in results["plans"] if plan != "oracle"]
     if writers:                                         # the last one is `soft`, if it is there
         prompt = run.tokenizer.decode(shown.tokens[1:shown.sentences[2]].tolist())
-        written = generate(run, writers[-1], prompt.removesuffix(data.EOT), 160, 0.8, 50, seed=0)
+        prompt = prompt.removesuffix(data.EOT)
+        written = generate(run, writers[-1], prompt, 160, temperature=0.7, seed=0)
         sample = {"plan": writers[-1], "sentences": list(written)}
     options = vars(run.config) | {"data": Path(run.config.data).name}
     for name in ("cache_dir", "out_dir", "start", "resume", "versions"):
