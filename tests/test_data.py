@@ -1,16 +1,13 @@
 """Data: no boundary sees the future, no byte is lost, a store is whole or absent, and a window
 knows the sentences of its targets. Inputs are drawn from seeded generators."""
-import functools
-import hashlib
 import importlib
+import itertools
 import json
 import random
 import re
 import sys
-import threading
 import weakref
 from collections import Counter
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -100,13 +97,6 @@ def test_a_sentence_ends_with_the_token_that_holds_the_last_byte_before_its_boun
         assert np.array_equal(closing, np.unique(holder[last_bytes]))
 
 
-def test_endoftext_belongs_to_the_document_that_it_ends():
-    for tokens in STREAMS:
-        corpus = Corpus.from_tokens(tokens, TOKENIZER)
-        opens = np.append(0, np.flatnonzero(tokens == TOKENIZER.eot_token) + 1)
-        assert np.array_equal(corpus.sentences[corpus.documents], opens)
-
-
 def slow_bpe(texts, vocab_size):
     """Counts all pairs anew for each merge; of equally frequent ones the first in bytes wins."""
     words = [word for text in texts for word in re.findall(data.PATTERN, text)]
@@ -133,26 +123,6 @@ def test_bpe_merges_what_counting_anew_merges():
         texts = ["".join(rng.choices(letters, k=40)) for _ in range(4)]
         for size in (262, 400):
             assert list(data.train_bpe(texts, size).items()) == list(slow_bpe(texts, size).items())
-
-
-def test_encoding_loses_no_character_and_survives_saving(tmp_path):
-    data.save_tokenizer(tmp_path / "tokenizer.json", TOKENIZER)
-    loaded = data.load_tokenizer(tmp_path / "tokenizer.json")
-    for seed in range(100, 120):                     # texts that it was not trained on
-        tokens = loaded.encode_ordinary(draw_text(seed))
-        assert tokens == TOKENIZER.encode_ordinary(draw_text(seed))
-        assert loaded.decode(tokens) == draw_text(seed)
-
-
-def test_the_pattern_means_the_same_to_re_and_to_tiktoken():
-    """With each of re's pieces a token, tiktoken returns these only if it cuts the text so, too."""
-    for text in TEXTS + [draw_text(seed, 0) for seed in range(100, 140)]:
-        pieces = [piece.encode() for piece in re.findall(data.PATTERN, text)]
-        ranks = {bytes([b]): b for b in range(256)}
-        for piece in pieces:
-            ranks.setdefault(piece, len(ranks))
-        tokens = data.bpe_tokenizer(ranks).encode_ordinary(text)
-        assert tokens == [ranks[piece] for piece in pieces] and b"".join(pieces) == text.encode()
 
 
 # --- store and corpora ----------------------------------------------------------------------------
@@ -190,6 +160,20 @@ def test_a_store_is_prepared_once_for_each_state_of_its_source(tmp_path, monkeyp
     assert len({first.path, other.path, prepare(source).path}) == 3
     monkeypatch.setattr(data, "documents", None)     # any call fails
     assert prepare(source).fingerprint != first.fingerprint
+
+
+def test_preparation_interrupted_and_run_again_makes_the_same_store(tmp_path, monkeypatch):
+    def cut_short(texts, **_):                       # in the midst of tokenizing
+        yield from itertools.islice(texts, 30)
+        raise KeyboardInterrupt
+
+    source = write_corpus(tmp_path / "a.txt", DOCUMENTS)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data, "tqdm", cut_short)
+        prepare(source)
+    undisturbed = data.prepare(str(source), "bpe", 300, tmp_path / "other_cache").path
+    for file in prepare(source).path.iterdir():
+        assert file.read_bytes() == (undisturbed / file.name).read_bytes()
 
 
 def test_preparation_holds_a_few_documents_at_a_time(tmp_path, monkeypatch):
@@ -290,24 +274,6 @@ def test_docstrings_are_read_wherever_they_stand_and_a_files_stay_together(tmp_p
     assert len(splits) == 60 and {split for _, split in splits} == set(SPLITS)
 
 
-def test_a_download_is_kept_once_it_is_whole_and_what_was_expected(tmp_path, monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_address[1]}/file.bin"
-    body, cache = random.Random(0).randbytes(100_000), tmp_path / "cache"
-    sha256 = hashlib.sha256(body).hexdigest()
-    for served in (body[:-1], b"x" + body[1:]):
-        (tmp_path / "file.bin").write_bytes(served)
-        with one_line_error(address):
-            data.download(address, sha256, cache)
-        assert not list(cache.iterdir())
-    for served in (body, b""):                       # the second time, nothing is fetched
-        (tmp_path / "file.bin").write_bytes(served)
-        assert data.download(address, sha256, cache).read_bytes() == body
-
-
 # --- batches --------------------------------------------------------------------------------------
 
 def test_an_epoch_visits_disjoint_windows_once_in_an_order_of_its_own():
@@ -320,8 +286,6 @@ def test_an_epoch_visits_disjoint_windows_once_in_an_order_of_its_own():
     assert not np.array_equal(*(np.argsort(starts) for starts in epochs))
     for step in reversed(range(33)):                 # a function of seed and step alone
         assert np.array_equal(data.batch_starts(length, width, 6, (3, 1), step), steps[step])
-    with one_line_error("block_size"):               # no window fits
-        data.batch_starts(19, 10, 3, (0,), 0)
 
 
 def draw_corpus(rng):

@@ -7,7 +7,6 @@ import math
 import multiprocessing
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +18,6 @@ import pytest
 import torch
 
 import eval as evaluation
-import labels
 import train
 from data import EOT
 from model import END_TO_END, PLANS
@@ -84,7 +82,7 @@ def act_at(patch, module, name, n, act=interrupt):
 def half(corpus, tmp_path_factory):
     """A run that ended in the midst of stage lm."""
     out = tmp_path_factory.mktemp("half") / "out"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="130"):
         act_at(patch, train, "make_batch", 3)
         run(corpus, out)
     return out
@@ -134,24 +132,7 @@ def assert_same_run(out, expected, plans="none,gumbel,soft"):
     assert ours and ours == {key: theirs[key] for key in ours}
 
 
-def planner_moved(out, plan):
-    """Whether joint training has changed the planner; False where there is none."""
-    before = checkpoint(out / "planner.pt")["model"]
-    after = checkpoint(out / f"joint_{plan}.pt")["model"]
-    return any(not torch.equal(x, after.get(f"planner.{name}", x)) for name, x in before.items())
-
-
 # --- options and bad input ------------------------------------------------------------------------
-
-def test_help_lists_every_option_with_its_default(capsys):
-    with pytest.raises(SystemExit) as end:
-        train.main(["--help"])
-    printed = capsys.readouterr().out
-    assert end.value.code == 0 and len(fields(train.Config)) <= 36
-    for f in fields(train.Config):
-        text = re.escape(f"{f.metadata['help']} [{f.default}]")
-        assert re.search(rf"--{f.name}\b[^\n]*\n?\s+{text}", printed), f.name
-
 
 @pytest.mark.parametrize("argument, message", [
     ("--lm_step=5", "unknown option --lm_step=5: did you mean --lm_steps?"),
@@ -160,8 +141,6 @@ def test_help_lists_every_option_with_its_default(capsys):
     ("--n_head=5", "n_head=5 must divide n_embd=16"),
     ("--plans=soft,sof", "plans=soft,sof: choose of none,fixed"),
     ("--preset=huge", "preset=huge: choose laptop or gpu or tiny"),
-    ("--vocab_size=100", "vocab_size=100: must be finite and at least 257"),
-    ("--planner_view=all", "planner_view=all: choose document or window"),
     ("--data=/no/such/file", "data=/no/such/file"),
     ("--device=tpu", "device=tpu is not available"),
     ("--n_labels=100000", "n_labels=100000"),
@@ -193,25 +172,18 @@ def test_a_bad_text_ends_in_one_line(name, content, message, trained, tmp_path, 
 
 # --- nothing that was saved is lost ---------------------------------------------------------------
 
-@pytest.fixture(scope="session")
-def other(corpus, tmp_path_factory):
-    """A run of other sizes."""
-    return run(corpus, tmp_path_factory.mktemp("other") / "out", plans="soft", n_labels=6,
-               planner_layer=2, n_layer=2)
-
-
 @pytest.mark.parametrize("how", ["truncated", "foreign", "copied", "of another run"])
 @pytest.mark.parametrize("name", ["lm", "labels", "planner", "joint_soft"])
-def test_a_damaged_checkpoint_is_refused_in_one_line(
-        how, name, corpus, trained, other, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_refused_in_one_line(how, name, corpus, trained, tmp_path, capsys):
     out = shutil.copytree(trained, tmp_path / "out")
     path = out / f"{name}.pt"
     if how == "truncated":
         os.truncate(path, path.stat().st_size // 2)
-    elif how == "foreign":
-        torch.save({"weights": torch.zeros(3)}, path)
     else:
-        shutil.copy(out / "joint_hard.pt" if how == "copied" else other / path.name, path)
+        found = {"foreign": {"weights": torch.zeros(3)},
+                 "copied": checkpoint(out / "joint_hard.pt"),
+                 "of another run": {"stage": name, "model": {}}}
+        torch.save(found[how], path)
     before = contents(out)
     del before["config.json"]                       # whose `resume` changes
     line = ends(train.main, options(corpus, out, plans="all", resume=True), capsys)
@@ -219,15 +191,6 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(
     if name in ("labels", "joint_soft"):
         assert f"{name}.pt" in ends(evaluation.main, [f"--out_dir={out}", "--prompt=a"], capsys)
     assert before.items() <= contents(out).items()
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"preset": "tiny"'])
-def test_a_damaged_config_is_refused_in_one_line(content, tmp_path, capsys):
-    (tmp_path / "config.json").write_text(content)
-    for main, arguments in [(train.main, ["--resume", f"--out_dir={tmp_path}"]),
-                            (train.main, [f"--start={tmp_path}", f"--out_dir={tmp_path}/new"]),
-                            (evaluation.main, [f"--out_dir={tmp_path}"])]:
-        assert "config.json is damaged" in ends(main, arguments, capsys)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
@@ -246,24 +209,6 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_with_room(
 
 
 # --- interrupted and resumed ----------------------------------------------------------------------
-
-def test_interrupted_anywhere_and_resumed_equals_undisturbed(
-        corpus, trained, tmp_path, monkeypatch, capsys):
-    """Ctrl-C ends at once, and says how to go on: after an odd step of each stage, which is not
-    saved; in k-means; in the last evaluation."""
-    out = tmp_path / "out"
-    for stage, module, name, n in [
-            ("lm", train, "make_batch", 3), ("", labels, "nearest", 2),
-            ("planner", train, "make_batch", 3), ("joint_none", train, "make_batch", 7),
-            ("joint_gumbel", train, "make_batch", 7), ("joint_soft", train, "make_batch", 7),
-            ("", evaluation, "summary", 2)]:
-        with monkeypatch.context() as patch:
-            act_at(patch, module, name, n)
-            line = ends(train.main, options(corpus, out, resume=out.exists()), capsys, code=130)
-        assert line.endswith(f"continue with python train.py --resume --out_dir={out}")
-        assert not stage or checkpoint(out / f"{stage}.pt")["step"] == 2
-    assert_same_run(run(corpus, out, resume=True), trained)
-
 
 def live(arguments, module, name, n):
     """train.py in a process that ends with SIGKILL at the n-th call of a function; in the midst of
@@ -291,7 +236,7 @@ def test_killed_anywhere_and_resumed_equals_undisturbed(corpus, trained, tmp_pat
     draw, out = random.Random(0), tmp_path / "out"
     for module, name, *calls in [
             ("os", "rename", 1, 1), ("train", "make_batch", 2, 5), ("torch", "save", 1, 3),
-            ("os", "replace", 3, 7), ("train", "make_batch", 1, 9), ("torch", "save", 1, 3),
+            ("labels", "nearest", 1, 2), ("os", "replace", 3, 7), ("torch", "save", 1, 3),
             ("train", "make_batch", 1, 4), ("torch", "save", 100, 100)]:
         arguments = options(corpus, out, plans="none,soft", cache_dir=tmp_path / "cache",
                             resume=(out / "config.json").exists())
@@ -302,19 +247,11 @@ def test_killed_anywhere_and_resumed_equals_undisturbed(corpus, trained, tmp_pat
     assert_same_run(out, trained, "none,soft")
 
 
-def test_resume_takes_its_options_from_the_run(corpus, half, tmp_path):
-    """They come before a preset's, which is the run's own or refused."""
-    out = shutil.copytree(half, tmp_path / "out")
-    expected = train.parse_config(options(corpus, out, resume=True))
-    resume = [f"--out_dir={out}", "--preset=tiny", "--resume"]
+def test_resume_takes_the_options_of_the_run_and_not_of_a_preset(corpus, half):
+    expected = train.parse_config(options(corpus, half, resume=True))
+    resume = [f"--out_dir={half}", "--preset=tiny", "--resume"]
     assert train.parse_config(resume) == train.parse_config([resume[0], resume[2]]) == expected
-    assert train.parse_config(resume[:2]).lm_steps == 20
-    train.main([*resume, "--plans=none"])
-    before = contents(out)
-    assert checkpoint(out / "lm.pt")["step"] == 6
-    train.main([*resume, "--plans=none,fixed"])
-    assert contents(out).items() >= {name: before[name] for name in before if ".pt" in name}.items()
-    assert (out / "joint_fixed.pt").exists()
+    assert train.parse_config(resume[:2]).lm_steps == 20                    # the control
 
 
 def test_a_run_is_continued_by_resume_alone_and_with_its_own_options(trained, capsys):
@@ -330,9 +267,6 @@ def test_a_run_is_continued_by_resume_alone_and_with_its_own_options(trained, ca
         other = words.get(name) or saved[name] + 1
         line = ends(train.main, [f"--out_dir={trained}", resume, f"--{name}={other}"], capsys)
         assert f"{name}={other}" in line and f"has {name}={saved[name]}" in line
-    for name, other in dict(plans="hard", eval_every=5, device="auto", save_every=9).items():
-        config = train.parse_config([f"--out_dir={trained}", resume, f"--{name}={other}"])
-        assert getattr(config, name) == other
     for more in ([], [f"--start={trained}"]):
         line = ends(train.main, [f"--out_dir={trained}", *more], capsys)
         assert "holds a run: choose another, or continue by --resume" in line
@@ -350,7 +284,8 @@ def begin(corpus, out, **more):
 def test_start_copies_finished_stages_up_to_the_first_that_an_option_changes(
         change, copied, corpus, trained, half, tmp_path):
     before, out = contents(trained), tmp_path / "out"
-    begin(corpus, out, start=trained, plans="none,soft", **change)
+    given = dict(start=trained, out_dir=out, plans="none,soft") | change    # else the start's
+    train.begin(train.parse_config([f"--{name}={value}" for name, value in given.items()]))
     assert {file.stem for file in out.glob("*.pt")} == set(copied)
     assert all((out / f"{stage}.pt").read_bytes() == before[f"{stage}.pt"] for stage in copied)
     assert contents(trained) == before
@@ -358,32 +293,7 @@ def test_start_copies_finished_stages_up_to_the_first_that_an_option_changes(
     assert not list((tmp_path / "new").glob("*.pt"))
 
 
-def test_a_run_with_start_ends_as_an_ordinary_one(corpus, trained, tmp_path):
-    out, expected = tmp_path / "out", run(corpus, tmp_path / "expected", n_labels=3)
-    train.main([f"--start={trained}", f"--out_dir={out}", "--n_labels=3",
-                "--plans=none,gumbel,soft"])
-    assert_same_run(out, expected)
-    with pytest.raises(AssertionError):             # the control
-        assert_same_run(out, trained)
-
-
 # --- training -------------------------------------------------------------------------------------
-
-def test_all_plans_start_at_the_same_loss_and_see_the_same_batches(
-        corpus, trained, tmp_path, monkeypatch):
-    out, seen, make_batch = tmp_path / "out", [], train.make_batch
-
-    def watched(*arguments):
-        batch = make_batch(*arguments)
-        seen.append(batch.tokens.tolist())
-        return batch
-
-    monkeypatch.setattr(train, "make_batch", watched)
-    run(corpus, out, start=trained, plans="all", joint_steps=2, save_every=1)
-    assert seen == seen[:2] * len(PLANS) and seen[0] != seen[1]
-    first = [entry["loss"] for (_, step), entry in curves(out).items() if step == 1]
-    assert len(first) == len(PLANS) and max(first) - min(first) < 1e-6
-
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_each_part_has_its_rate_and_only_matrices_decay(
@@ -404,20 +314,6 @@ def test_each_part_has_its_rate_and_only_matrices_decay(
     assert found == {name for name in names.values()
                      if plan in END_TO_END or name.startswith("gpt.")}
     assert plan == "none" or torch.equal(model.gpt.label_emb, opened.labeler.centroids)
-
-
-@pytest.mark.parametrize("plan", PLANS[1:])
-def test_every_plan_trains_label_emb_and_the_end_to_end_ones_the_planner(plan, trained):
-    centroids = evaluation.Run.open(trained).labeler.centroids
-    label_emb = checkpoint(trained / f"joint_{plan}.pt")["model"]["gpt.label_emb"]
-    assert not torch.equal(label_emb, centroids)
-    assert planner_moved(trained, plan) == (plan in END_TO_END)
-
-
-def test_the_planner_rests_until_it_is_unfrozen(corpus, trained, tmp_path):
-    for step in (3, 6):
-        out = run(corpus, tmp_path / str(step), start=trained, plans="soft", unfreeze_step=step)
-        assert planner_moved(out, "soft") == (step < 6)
 
 
 def test_planner_view_holds_in_training(corpus, trained, tmp_path):
@@ -441,32 +337,21 @@ def test_the_learning_rate_is_logged_as_it_is(trained):
 
 def test_a_gradient_that_is_not_finite_ends_the_run_with_its_last_checkpoint_intact(
         corpus, trained, tmp_path, monkeypatch, capsys):
-    out, label_loss, calls = tmp_path / "out", train.label_loss, itertools.count(1)
-
-    def overflowing(*arguments):                    # in step 5, after two validations
-        return label_loss(*arguments) * (math.inf if next(calls) == 7 else 1)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "label_loss", overflowing)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:            # in step 5, after two validations
+        act_at(patch, train, "label_loss", 7, lambda logits, _: logits.detach().fill_(math.inf))
         line = ends(train.main, options(corpus, out), capsys)
     assert "planner: the gradient is not finite by step 6; the last checkpoint is intact" in line
     assert_same_run(run(corpus, out, resume=True), trained)
 
 
-def test_what_is_watched_changes_nothing(corpus, trained, tmp_path):
-    out = run(corpus, tmp_path / "out", eval_every=1, save_every=1, eval_tokens=99)
-    for name in ("lm.pt", "planner.pt", "joint_gumbel.pt", "joint_soft.pt"):
-        assert (out / name).read_bytes() == (trained / name).read_bytes()
-
-
 def test_ranks_share_the_accumulation_first_and_then_the_micro_batch(
         corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "8")
-    for module, name in ((train, "join"), (train.dist, "barrier")):
-        monkeypatch.setattr(module, name, lambda *_: None)
+    for module, name in ((train.dist, "init_process_group"), (train.dist, "barrier")):
+        monkeypatch.setattr(module, name, lambda *_, **options: None)
     for accum, micro_batches in ((16, 2), (4, 1), (8, 1)):
-        out = tmp_path / str(accum)
-        opened = begin(corpus, out, batch_size=32, grad_accum=accum)
+        opened = begin(corpus, tmp_path / str(accum), batch_size=32, grad_accum=accum)
         assert opened.grad_accum == micro_batches
         windows = train.make_batch(opened, "lm", 0, 0).tokens
         assert len(windows) * micro_batches * 8 == 32 * accum
@@ -491,72 +376,43 @@ def test_two_processes_with_two_micro_batches_train_as_one_does_with_one(corpus,
 
 # --- what a run leaves ----------------------------------------------------------------------------
 
-def test_a_run_leaves_the_files_and_fields_that_others_rely_on(trained):
-    names = ["config.json", "metrics.jsonl", *(f"{stage}.pt" for stage in SHARED)]
-    assert contents(trained).keys() >= {*names, *(f"joint_{plan}.pt" for plan in PLANS)}
+def test_eval_gives_the_table_of_the_run(trained, capsys):
     results = results_of(trained)
-    assert list(results["plans"]) == list(PLANS)
-    assert {"tokens", "bytes", "seed", "versions"} <= results.keys()
-    assert len({figures["nll"] for figures in results["plans"].values()}) == len(PLANS)
-    for plan, figures in results["plans"].items():
+    evaluation.main([f"--out_dir={trained}"])
+    assert results_of(trained, "eval.json") == results and list(results["plans"]) == list(PLANS)
+    assert capsys.readouterr().out.strip() == evaluation.table(results)
+    for figures in results["plans"].values():
         assert figures["ppl"] == pytest.approx(math.exp(figures["nll"]))
         bits = figures["nll"] * results["tokens"] / results["bytes"] / math.log(2)
         assert figures["bits_per_byte"] == pytest.approx(bits)
-        if plan in (*END_TO_END, "hard", "soft_frozen"):
-            assert figures["planner_ce"] > 0 and 0 <= figures["planner_acc"] <= 1
-        else:
-            assert figures["planner_ce"] is figures["planner_acc"] is None
-
-
-def test_eval_gives_the_table_of_the_run(trained, capsys):
-    evaluation.main([f"--out_dir={trained}"])
-    assert results_of(trained, "eval.json") == results_of(trained)
-    assert capsys.readouterr().out.strip() == evaluation.table(results_of(trained))
     evaluation.main([f"--out_dir={trained}", "--split=test"])
-    assert results_of(trained, "eval.json")["tokens"] != results_of(trained)["tokens"]
+    assert results_of(trained, "eval.json")["tokens"] != results["tokens"]
 
 
-def test_eval_names_what_it_can_not_do(corpus, half, trained, tmp_path, capsys):
-    out = shutil.copytree(trained, tmp_path / "out", ignore=shutil.ignore_patterns("joint*"))
+def test_eval_names_what_it_can_not_do(half, trained, tmp_path, capsys):
+    damaged = shutil.copytree(half, tmp_path / "damaged")
+    (damaged / "config.json").write_text('{"preset": "tiny"')
     for folder, arguments, message in [
-            (tmp_path, [], "config.json"), (half, [], "labels.pt"), (out, [], "no finished plan"),
+            (tmp_path, [], "config.json"), (damaged, [], "config.json is damaged"),
             (trained, ["--plan=oracle", "--prompt=a"], "plan=oracle needs the true labels"),
-            (trained, ["--plan=sof"], "invalid choice: 'sof'"),
+            (half, [], "labels.pt"), (trained, ["--plan=sof"], "invalid choice: 'sof'"),
             (trained, ["--prompt=a", "--temperature=-1"], "temperature")]:
         assert message in ends(evaluation.main, [f"--out_dir={folder}", *arguments], capsys)
-    saved = checkpoint(trained / "joint_soft.pt")
-    torch.save(saved | {"done": False}, out / "joint_soft.pt")
-    for arguments in (["--prompt=a", "--plan=hard"], ["--prompt=a"], [f"--score={corpus}"]):
-        assert "--resume" in ends(evaluation.main, [f"--out_dir={out}", *arguments], capsys)
 
 
-@pytest.mark.parametrize("text", [
-    "你好，世界。這是第二句話，比第一句長一些。", "\0\x1b[31m \u2028 \ufeff \u202e\u05d0", "x" * 700,
-    f"in a line {EOT} here", "A full stop. " * 30])
-def test_scores_hold_the_whole_text_and_add_up_to_its_table(text, trained, tmp_path, capsys):
+def test_scores_hold_the_whole_text_and_add_up_to_its_table(trained, tmp_path, capsys):
+    texts = ["你好，世界。這是第二句話，比第一句長一些。", "\0\x1b[31m \u2028 \ufeff \u202e\u05d0",
+             "x" * 700, f"in a line {EOT} here", "A full stop. " * 30]
     path = tmp_path / "odd.jsonl"
-    path.write_text("\n".join(json.dumps({"text": t}) for t in (text, "Another one. It ends.")))
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     evaluation.main([f"--out_dir={trained}", f"--text={path}"])
     results = results_of(trained, "eval.json")
-    assert list(results["plans"]) == list(PLANS) and results["split"] == "text"
     for plan in ("soft", "none"):
         capsys.readouterr()
         evaluation.main([f"--out_dir={trained}", f"--score={path}", f"--plan={plan}"])
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-        assert all(line.keys() == {"token", "hex", "nll", "sentence", "label"} for line in lines)
         whole = b"".join(bytes.fromhex(line["hex"]) for line in lines).decode()
-        assert whole == f"{text}{EOT}Another one. It ends.{EOT}"
+        assert whole == "".join(text + EOT for text in texts)
         nats = results["plans"][plan]["nll"] * results["tokens"]
         assert sum(line["nll"] for line in lines) == pytest.approx(nats)
         assert all((line["label"] is None) == (plan == "none") for line in lines)
-
-
-def test_generation_is_seeded_and_at_temperature_0_without_chance(trained, capsys):
-    def printed(*arguments):
-        evaluation.main([f"--out_dir={trained}", "--prompt=A first", "--max_tokens=40", *arguments])
-        return capsys.readouterr().out
-
-    assert "A first" in printed() and "planned" in printed() and printed() == printed()
-    assert printed("--seed=1") != printed("--seed=2")
-    assert printed("--temperature=0", "--seed=1") == printed("--temperature=0", "--seed=2")
-    assert "planned" not in printed("--plan=none")
