@@ -95,9 +95,10 @@ def table(results: dict) -> str:
     """Results as the lines that train.py and eval.py print."""
     lines = ["{split}: {tokens:,} tokens, {bytes:,} bytes, {sentences:,} sentences",
              "plan              perplexity   vs none  bits/byte  label nats   top-1"]
-    none = results["plans"].get("none", {"ppl": math.nan})["ppl"]   # --plans may leave it out
+    none = results["plans"].get("none")             # --plans may leave it out
     for plan, f in results["plans"].items():
-        line = f"{plan:<17}{f['ppl']:11.3f}{f['ppl'] / none - 1:+10.2%}{f['bits_per_byte']:11.4f}"
+        change = f"{f['ppl'] / none['ppl'] - 1:+.2%}" if none else ""
+        line = f"{plan:<17}{f['ppl']:11.3f}{change:>10}{f['bits_per_byte']:11.4f}"
         if f["planner_ce"] is not None:
             line += f"{f['planner_ce']:12.3f}{f['planner_acc']:8.1%}"
         lines.append(line)
@@ -293,10 +294,11 @@ class Run:
     def autocast(self):
         """Mixed precision in bfloat16 where the run asks for it, or the hardware is fast at it."""
         dtype, flags = self.config.dtype, torch.cpu.get_capabilities()
-        # Of Intel's, those with AMX: avx512_bf16 alone is half as fast as float32.
-        fast = {"cpu": flags.get("amx_bf16") or flags.get("bf16"), "mps": False,
+        intel = "Intel" in flags.get("cpu_name", "")            # its avx512_bf16 is a slow one
+        names = ["amx_bf16", "bf16"] if intel else ["avx512_bf16", "bf16"]
+        fast = {"cpu": any(flags.get(name) for name in names), "mps": False,
                 "cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported()}
-        enabled = dtype == "bfloat16" or bool(dtype == "auto" and fast[self.device.type])
+        enabled = dtype == "bfloat16" or dtype == "auto" and fast[self.device.type]
         # With a cache, the chunks of GPT.loss would add up their gradients in bfloat16.
         return torch.autocast(self.device.type, torch.bfloat16, enabled, cache_enabled=False)
 

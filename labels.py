@@ -1,10 +1,9 @@
 """Sentence vectors, k-means, and what the labels mean (step 2). Nobody labels anything by hand.
 
-A sentence's vector is the mean of its token embeddings in the stage-1 GPT, weighted by
+A sentence's vector is the mean of its token embeddings in the GPT of stage lm, weighted by
 a / (a + p(token)), which tones down frequent tokens (SIF: Arora, Liang and Ma, "A Simple but
 Tough-to-Beat Baseline for Sentence Embeddings", ICLR 2017); the training split's mean is removed,
-and the length is made 1. So a label is a function of its sentence. SIF's last step, to take out the
-first principal component as well, changed nothing here.
+and the length is made 1. SIF's last step changed nothing here. A label follows from its sentence.
 NOTE(paper): the paper takes its vectors from a pretrained sentence encoder.
 """
 import math
@@ -25,7 +24,7 @@ MOST_POINTS = 1 << 18                   # k-means iterates over so many drawn ve
 
 
 class Labeler(nn.Module):
-    """Embeds sentences and names their labels. Holds all that it needs, so it outlives the stage-1
+    """Embeds sentences and names their labels. Holds all that it needs, whatever becomes of the
     GPT: weighted token embeddings (V, E), the mean (E,), centroids (K, E)."""
 
     def __init__(self, vocab_size: int, n_vector: int, n_labels: int):
@@ -108,8 +107,9 @@ def nearest(x, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
     c = centroids - middle                                                  # (K, E)
     weight, bias = -2 * c, (c * (centroids + middle)).sum(1)                # (K, E), (K,)
     on_cpu = centroids.device.type == "cpu"
-    onednn = on_cpu and torch.backends.mkldnn.is_available()
-    if onednn:                                  # twice as fast as torch's own product on some CPUs
+    intel = "Intel" in torch.cpu.get_capabilities().get("cpu_name", "")
+    onednn = on_cpu and not intel and torch.backends.mkldnn.is_available()
+    if onednn:                                  # on other CPUs it is twice as fast as MKL
         weight, bias = weight.to_mkldnn(), bias.to_mkldnn()
     size = max(256, (1 << 19 if on_cpu else 1 << 26) // max(centroids.shape))   # fits the cache
     indices, distances, sums = [], [], torch.zeros_like(centroids)

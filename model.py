@@ -3,9 +3,9 @@
 Shapes, here and everywhere: B batch, T tokens, S sentences, K labels, C model width,
 E sentence-vector width, V vocabulary, H heads, D head width.
 
-The GPT is GPT-2 (Radford et al., 2019) without dropout and biases, and with the exact GELU, which
-is faster in torch than GPT-2's approximation. A plan enters every block: a linear map of it, zero
-at the start, is added to the attention output before the output projection (step 4 of the README).
+The GPT is GPT-2 (Radford et al., 2019) without dropout, without biases in its matrices, and with
+the exact GELU, which is faster in torch than GPT-2's approximation. Step 4: in every block a linear
+map of the plan, zero at the start, is added to the attention output before the output projection.
 """
 import math
 
@@ -46,8 +46,9 @@ def mix_labels(label_logits: torch.Tensor, label_emb: torch.Tensor, plan: str,
     elif plan == "straight_through":    # forward `hard` (the bracket is 0), backward `soft`
         weights = likeliest + (probs - probs.detach())
     elif plan == "gumbel":              # a relaxed sample: exact gradients of a noisy mixture
-        noisy = label_logits + gumbel_noise(label_logits, generator)
-        weights = probs if generator is None else (noisy / tau).softmax(-1)
+        weights = probs
+        if generator is not None:
+            weights = ((label_logits + gumbel_noise(label_logits, generator)) / tau).softmax(-1)
     elif plan == "soft_frozen":         # the whole distribution, but the planner learns nothing
         weights = probs.detach()
     elif plan == "soft":                # the method: differentiable in the planner's logits
@@ -65,10 +66,8 @@ def one_hot(index: torch.Tensor, K: int) -> torch.Tensor:
     return (index[..., None] == torch.arange(K, device=index.device)).float()
 
 
-def gumbel_noise(like: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """-log(-log(u)) for uniform u, in the shape of `like`; zeros without a generator."""
-    if generator is None:
-        return torch.zeros_like(like)
+def gumbel_noise(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """-log(-log(u)) for uniform u, in the shape of `like`."""
     uniform = torch.rand(like.shape, generator=generator, device=generator.device)
     uniform = uniform.clamp(1e-6, 1 - 1e-6)     # in bfloat16 this would be 1, the noise infinite
     return -(-uniform.log()).log().to(like)
@@ -128,7 +127,7 @@ def init_weights(module: nn.Module, n_layer: int, seed: int) -> None:
     stream. Plan maps are 0, so that all plans begin with the same loss."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():
-        if "plan_map" in name:          # the first step moves the maps, the next one all else
+        if "plan_map" in name:          # label_emb and planner move once the maps have
             nn.init.zeros_(p)
         elif p.dim() >= 2:
             residual = name.endswith(("proj.weight", "down.weight"))

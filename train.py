@@ -5,8 +5,8 @@ Four stages, each with a checkpoint in out_dir:
   labels   a vector and a label for every sentence              -> labels.pt
   planner  the planner alone, to predict the next label         -> planner.pt
   joint    for each plan, both together on the next-token loss  -> joint_<plan>.pt
-All plans see the same batches. Batches, and gumbel's noise, are functions of (seed, stage, step):
-there is no random state to save, and --resume ends bit for bit like an undisturbed run on the CPU.
+All plans see the same batches. Batches and gumbel's noise follow from seed and step: there is no
+random state to save, and --resume ends bit for bit like an undisturbed run on the CPU.
 """
 import argparse
 import contextlib
@@ -222,10 +222,10 @@ def fit(run: Run, name: str, model: torch.nn.Module, parts: list, steps: int) ->
         if run.world > 1:
             dist.all_reduce(loss)                   # a sum over ranks
         loss, speed = float(loss) / run.world, tokens / (time.perf_counter() - since)
-        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f}/s")
         if run.rank == 0:
             run.log(stage=name, step=done, loss=loss, grad_norm=float(grad_norm),
-                    lr=optimizer.param_groups[0]["lr"], tokens_per_second=speed)
+                    lr=optimizer.param_groups[0]["lr"], per_second=speed)
             if validating:                          # on rank 0 alone: the others wait
                 run.log(stage=name, step=done, **validate(run, model))
             if saving:
@@ -272,7 +272,7 @@ def make_optimizer(parts: list, weight_decay: float, device: torch.device) -> to
 def validate(run: Run, model: torch.nn.Module) -> dict:
     """Nats a token, and the planner's figures, on the first eval_tokens of validation."""
     corpus, n = run.corpus("val"), run.config.eval_tokens
-    if isinstance(model, Planner):      # alone, on one long row; a sentence has about 16 tokens
+    if isinstance(model, Planner):      # alone, on one long row
         S = min(corpus.n_sentences, n // 16)
         row = data.sentence_batch(corpus, corpus.documents[:1], S).to(run.device)
         return {"val_label_nats": label_loss(model(row.vectors, row.first), row.labels).item()}
@@ -294,7 +294,7 @@ def begin(config: Config) -> Run:
                          f"a multiple of {share}")
     if config.resume:                                   # run.store() looks whether the text is this
         run.fingerprint = data.read_json(run.out / "config.json", "fingerprint")["fingerprint"]
-    elif any(run.out.glob("*.pt")):                     # before join: later, rank 0 writes some
+    elif any(run.out.glob("*.pt")):                     # before ranks join: later, rank 0 writes
         raise ValueError(f"out_dir={run.out} holds a run: choose another, or continue by --resume")
     if run.world > 1:                                   # joins the other processes of torchrun
         if run.device.type == "cuda":                   # one GPU for each rank of this machine
@@ -383,7 +383,7 @@ def inherited_options(options: dict) -> dict:
     for name in ["preset", *" ".join(stages).split()]:
         if name in options and options[name] != saved[name]:
             raise ValueError(f"{name}={options[name]}, but {out_dir} has {name}={saved[name]}: "
-                             f"keep it, or begin another run with --start={out_dir} --out_dir=NEW")
+                             "keep it, or begin another run in another out_dir (see --start)")
     return {name: saved[name] for name in names}
 
 

@@ -34,11 +34,12 @@ def report_data(run: Run, split: str) -> dict:
     results = evaluate(run, run.corpus(split), run.store().bytes[split], split)
     shown = run.label(example_documents(run.corpus(split), run.tokenizer))
     sample, writers = None, [plan for plan in results["plans"] if plan != "oracle"]
-    if writers:                                         # the last one is `soft`, if it is there
+    if writers:
+        writer = "soft" if "soft" in writers else writers[-1]
         prompt = run.tokenizer.decode(shown.tokens[1:shown.sentences[2]].tolist())
         prompt = prompt.removesuffix(data.EOT)
-        written = generate(run, writers[-1], prompt, 160, temperature=0.7, seed=0)
-        sample = {"plan": writers[-1], "sentences": list(written)}
+        written = generate(run, writer, prompt, 160, temperature=0.7, seed=0)
+        sample = {"plan": writer, "sentences": list(written)}
     options = vars(run.config) | {"data": Path(run.config.data).name}
     for name in ("cache_dir", "out_dir", "start", "resume", "versions"):
         del options[name]

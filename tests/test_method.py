@@ -252,7 +252,7 @@ def test_with_fresh_maps_all_plans_have_the_same_loss():
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_joint_stage_moves_what_the_plan_trains_and_nothing_else(plan, tmp_path):
     run = make_run(out_dir=str(tmp_path), joint_steps=3, batch_size=4)
-    run.grad_accum, run.micro_batch = 1, 4
+    run.grad_accum = 1
     run.corpora = {"train": read(draw_tokens(1, 200)), "val": read(draw_tokens(2))}
     run.save("lm", {"model": draw_model("none").float().state_dict()})
     run.save("planner", {"model": draw_model("soft").planner.float().state_dict()})

@@ -113,7 +113,7 @@ def curves(out):
     found = {}
     for line in (out / "metrics.jsonl").read_text().splitlines():
         entry = json.loads(line)
-        entry.pop("tokens_per_second", None)
+        entry.pop("per_second", None)
         found.setdefault((entry["stage"], entry["step"]), {}).update(entry)
     return found
 
