@@ -316,6 +316,12 @@ def test_each_part_has_its_rate_and_only_matrices_decay(
     assert plan == "none" or torch.equal(model.gpt.label_emb, opened.labeler.centroids)
 
 
+def test_the_planner_rests_until_it_is_unfrozen(corpus, tmp_path):
+    out = run(corpus, tmp_path / "out", plans="soft", unfreeze_step=6)
+    before, after = (checkpoint(out / f"{name}.pt")["model"] for name in ("planner", "joint_soft"))
+    assert all(torch.equal(p, after[f"planner.{name}"]) for name, p in before.items())
+
+
 def test_planner_view_holds_in_training(corpus, trained, tmp_path):
     """With `window`, the sentence in which a window begins has none before it in view."""
     seen = {}
