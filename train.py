@@ -350,7 +350,7 @@ def rank_0_first(run: Run):
         dist.barrier()                                  # lets the others go
 
 
-def boolean(text: str) -> bool:
+def _boolean(text: str) -> bool:
     return ("false", "0", "true", "1").index(text.lower()) >= 2     # else ValueError, for argparse
 
 
@@ -362,7 +362,7 @@ def parse_config(argv=None) -> Config:
     for f in fields(Config):
         kind = {"type": f.type, "metavar": "|".join(f.metadata["choices"]) or f.type.__name__}
         if f.type is bool:
-            kind |= {"type": boolean, "nargs": "?", "const": True}      # --resume is --resume=true
+            kind |= {"type": _boolean, "nargs": "?", "const": True}      # --resume is --resume=true
         parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} [{f.default}]", **kind)
     options = vars(parser.parse_args(argv))
     with one_line_errors("train.py"):

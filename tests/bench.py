@@ -97,9 +97,8 @@ def step() -> list[dict]:
 def step_table(names: tuple, aims: dict, **sizes) -> list[dict]:
     """Times steps in turn. `aims` says of a row which column must reach what."""
     seconds = in_turn({name: training_step(name, sizes) for name in names}, 12)
-    c, rows = train.Config(**sizes), []
+    c, rows, n = train.Config(**sizes), [], 8192 if ON_GPU else 2048
     dtype = "bfloat16" if Run(c).autocast()._enabled else "float32"
-    n = 8192 if ON_GPU else 2048
     square = torch.randn(n, n, device=DEVICE).to(getattr(torch, dtype))
     product = in_turn({"product": functools.partial(torch.mm, square, square)}, 9)["product"]
     # of a token, without the planner's: 6 for each weight of a matrix, and attention's
