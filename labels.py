@@ -72,10 +72,10 @@ def kmeans(x, k: int, seed: int = 0, iters: int = 50, tol: float = 1e-4,
         raise ValueError(f"n_labels={k} must lie between 1 and the {len(x)} sentences of the "
                          "training split: ask for fewer labels, or give more text")
     generator = torch.Generator().manual_seed(seed)     # no global random state is read
-    drawn = torch.randperm(len(x), generator=generator)[:MOST_POINTS].sort().values
+    drawn = torch.randperm(len(x), generator=generator)[:MOST_POINTS]   # unsorted: see `start`
     points = torch.as_tensor(x)[drawn].to(device).float()                   # (n, E)
     if start is None:
-        start = plus_plus(points[:max(1 << 14, 8 * k)], k, generator)
+        start = plus_plus(points[:max(1 << 14, 8 * k)], k, generator)   # a sample of all the text
     centroids = start.to(device).float()
     previous = math.inf                         # inertia of the iteration before
     for _ in range(iters):
