@@ -67,7 +67,8 @@ def segment(text: str) -> list[str]:
 def sentence_ends(tokens: np.ndarray, tokenizer: tiktoken.Encoding) -> np.ndarray:
     """tokens (T,) -> bool (T,): whether a sentence ends in each, as in `<|endoftext|>`. It never
     looks ahead: sentence_ends(tokens[:n]) == sentence_ends(tokens)[:n]."""
-    sizes = token_bytes(tokenizer)
+    every_token = tokenizer.decode_tokens_bytes(range(tokenizer.n_vocab))
+    sizes = np.array([len(token) for token in every_token])                 # (V,) in bytes
     ends = np.asarray(tokens) == tokenizer.eot_token                        # (T,)
     start = 0
     for stop in [*np.flatnonzero(ends).tolist(), len(tokens)]:
@@ -76,12 +77,6 @@ def sentence_ends(tokens: np.ndarray, tokenizer: tiktoken.Encoding) -> np.ndarra
         ends[start + np.searchsorted(sizes[document].cumsum(), cuts)] = True    # holds the last one
         start = stop + 1                # behind <|endoftext|>
     return ends
-
-
-@functools.lru_cache(maxsize=8)         # one call into tiktoken for each token: slow
-def token_bytes(tokenizer: tiktoken.Encoding) -> np.ndarray:
-    """(V,) the number of bytes of each token."""
-    return np.array([len(tokenizer.decode_single_token_bytes(t)) for t in range(tokenizer.n_vocab)])
 
 
 @dataclass
@@ -103,9 +98,9 @@ class Corpus:
 
     @classmethod
     def from_texts(cls, texts: Iterable[str], tokenizer: tiktoken.Encoding) -> "Corpus":
-        """`<|endoftext|>`, then each document that is not blank with one behind it."""
+        """`<|endoftext|>`, then each document with one behind it."""
         eot = [tokenizer.eot_token]
-        parts = [tokenizer.encode_ordinary(text) + eot for text in texts if text.strip()]
+        parts = [tokenizer.encode_ordinary(text) + eot for text in texts]
         return cls.from_tokens(np.concatenate([eot, *parts]), tokenizer)    # (N,)
 
     @property
@@ -146,10 +141,9 @@ def window_batch(corpus: Corpus, starts: np.ndarray, width: int, reach: int = 0,
     # Position t predicts token t+1, so it gets the plan of the sentence that holds token t+1.
     sentence = np.searchsorted(corpus.sentences, at[:, 1:], side="right") - 1           # (B, T)
     touched, last = sentence[:, :1], sentence[:, -1:]                       # (B, 1)
-    earliest = touched                                                      # (B, 1)
-    if view == "document":
-        document = np.searchsorted(corpus.documents, touched, side="right") - 1
-        earliest = np.maximum(corpus.documents[document], touched - reach)
+    document = np.searchsorted(corpus.documents, touched, side="right") - 1
+    context = reach if view == "document" else 0
+    earliest = np.maximum(corpus.documents[document], touched - context)    # (B, 1)
     # Few different shapes: each new one costs memory, and time where the model is compiled.
     S = 8 * -(-np.max(last - touched + 1) // 8)
     P = 16 * -(-max(S, np.max(last - earliest + 1)) // 16)
@@ -257,15 +251,6 @@ def bpe_tokenizer(ranks: dict[bytes, int]) -> tiktoken.Encoding:
                              special_tokens={EOT: len(ranks)})
 
 
-def gpt2_tokenizer() -> tiktoken.Encoding:
-    """GPT-2's tokenizer. Raises ValueError where tiktoken can't download it."""
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:              # requests' errors are OSErrors
-        raise ValueError(f"tokenizer=gpt2 can't be downloaded ({type(error).__name__}): connect "
-                         "once, or point TIKTOKEN_CACHE_DIR to its files") from None
-
-
 def save_tokenizer(path: Path, tokenizer: tiktoken.Encoding) -> None:
     """Writes what `load_tokenizer` reads: the name gpt2, or our tokens in hex, by rank."""
     ids = range(0 if tokenizer.name == "gpt2" else tokenizer.eot_token)
@@ -277,7 +262,7 @@ def load_tokenizer(path: Path) -> tiktoken.Encoding:
     """Reads the file of `save_tokenizer`. Raises ValueError where it is damaged."""
     saved = read_json(path, "name", "tokens")
     if saved["name"] == "gpt2":
-        return gpt2_tokenizer()
+        return tiktoken.get_encoding("gpt2")            # downloaded once
     return bpe_tokenizer({bytes.fromhex(t): rank for rank, t in enumerate(saved["tokens"])})
 
 
@@ -340,15 +325,14 @@ def prepare(name: str, tokenizer: str, vocab_size: int, cache_dir: Path) -> Stor
     if name != "docstrings":
         files = [(path.resolve(), path.stat()) for path in corpus_files(name, cache_dir)]
         sources = [f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in files]
-    size = vocab_size if tokenizer == "bpe" else 0
-    identity = json.dumps([sources, tokenizer, size, Path(__file__).read_text("utf-8")])
+    identity = json.dumps([sources, tokenizer, vocab_size, Path(__file__).read_text("utf-8")])
     key = hashlib.sha256(identity.encode()).hexdigest()[:12]
     path = cache_dir / f"{Path(name).name}-{key}"
     if not path.exists():
         working = path.with_name(path.name + ".tmp")
         working.mkdir(parents=True, exist_ok=True)      # one killed left files: all are made anew
         if tokenizer == "gpt2":
-            encoding = gpt2_tokenizer()
+            encoding = tiktoken.get_encoding("gpt2")
         else:                               # one pass over the corpus; a second tokenizes it
             training = (text for split, text in documents(name, cache_dir) if split == "train")
             encoding = bpe_tokenizer(train_bpe(training, vocab_size))
@@ -414,25 +398,29 @@ def _hash(text: str) -> int:
 
 @functools.lru_cache(maxsize=1)             # `prepare` reads a corpus twice; this takes 15 s
 def _docstrings() -> list[tuple[str, str]]:
-    """Docstrings of 200 characters or more of the packages in requirements.txt, in the order of
-    their hashes; one file, one split. Sources are parsed, nothing is imported."""
-    unique = {}
+    """A document for each source file of the packages in requirements.txt: its docstrings of 200
+    characters or more that no file before it has. Sources are parsed, nothing is imported."""
+    seen, found = set(), []
     gc.disable()                            # it would take two thirds of the time, for no cycle
     warnings.simplefilter("ignore", SyntaxWarning)      # old sources hold invalid escapes
     for package in DOCSTRING_PACKAGES:
         root = Path(util.find_spec(package).submodule_search_locations[0])
         for path in tqdm(sorted(root.rglob("*.py")), f"read {package}", leave=False):
             split = FOLDS[_hash(path.relative_to(root.parent).as_posix()) % 20]
-            nodes = []
+            nodes, texts = [], {}                       # line -> docstring
             with contextlib.suppress(SyntaxError, ValueError):  # templates, newer Pythons' syntax
                 nodes = [ast.parse(path.read_bytes())]
             for node in nodes:              # grows; ast.walk goes into expressions, too: slow
                 nodes += [x for x in ast.iter_child_nodes(node) if not isinstance(x, ast.expr)]
                 text = ast.get_docstring(node) if isinstance(node, DOCUMENTED) else None
                 if text and len(text) >= 200:
-                    unique.setdefault(_hash(text), (split, text))
+                    texts[node.body[0].lineno] = text
+            texts = dict.fromkeys(texts[line] for line in sorted(texts) if texts[line] not in seen)
+            seen.update(texts)              # without copies: of other files', or of its own
+            if texts:
+                found.append((split, "\n\n".join(texts)))
     gc.enable()
-    return [unique[key] for key in sorted(unique)]
+    return sorted(found, key=lambda document: _hash(document[1]))
 
 
 def corpus_files(name: str, cache_dir: Path) -> list[Path]:
@@ -462,39 +450,31 @@ def download(url: str, sha256: str, folder: Path) -> Path:
 
 def _split_files(files: list[Path]) -> Iterator[tuple[str, str]]:
     """90/5/5: documents are dealt out in the order of their hashes, so that copies fall on one side
-    and no split stays empty; each of fewer than 20 is cut into three, after a blank if one is
-    near."""
+    and no split stays empty; each of fewer than 20 is cut into three."""
     hashes = (_hash(text) for path in files for text in read_documents(path) if text.strip())
     hashes = np.unique(np.fromiter(hashes, np.uint64))      # (n,) sorted: 8 bytes a document
     for text in itertools.chain.from_iterable(map(read_documents, files)):
         if len(hashes) >= 20:
             yield FOLDS[np.searchsorted(hashes, np.uint64(_hash(text))) % 20], text
-            continue
-        start = 0
-        for split, share in zip(SPLITS, (0.9, 0.95, 1.0)):
-            stop = int(share * len(text))
-            blank = re.compile(r"\s").search(text, stop, stop + len(text) // 50)
-            stop = blank.end() if blank else stop       # Chinese has no blanks
-            yield split, text[start:stop]
-            start = stop
+        else:
+            cuts = [0, int(0.9 * len(text)), int(0.95 * len(text)), len(text)]
+            yield from zip(SPLITS, (text[a:b] for a, b in itertools.pairwise(cuts)))
 
 
 def read_documents(path: Path) -> Iterator[str]:
     """The documents of one file: .jsonl has one {"text": ...} a line, in any other file a line
     `<|endoftext|>` separates them. Raises ValueError where it can't be read."""
-    number, parts = 0, []
+    number = 0
     try:
         with open(path, encoding="utf-8-sig") as lines:     # a byte order mark is no text
-            for number, line in enumerate(lines, 1):
-                if path.suffix == ".jsonl" and line.strip():
-                    yield json.loads(line)["text"].encode().decode()    # \ud800 fails
-                elif path.suffix != ".jsonl" and line.strip() == EOT:
-                    yield "".join(parts)
-                    parts = []
-                else:
-                    parts.append(line)
+            if path.suffix == ".jsonl":
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        yield json.loads(line)["text"].encode().decode()    # \ud800 fails
+            else:
+                groups = itertools.groupby(lines, lambda line: line.strip() == EOT)
+                yield from ("".join(group) for separates, group in groups if not separates)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not valid UTF-8 ({error.reason}): convert it first") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ValueError(f'{path}:{number} is not a JSON object with a string "text"') from None
-    yield "".join(parts)                    # what follows the last <|endoftext|>

@@ -31,10 +31,10 @@ class Scores:
 
 
 @torch.no_grad()
-def score(model: PlannedGPT, corpus: data.Corpus, reach: int, view: str, autocast=None,
-          max_tokens: int | None = None, batch_size: int | None = None, desc: str = "") -> Scores:
+def score(run: "Run", model: PlannedGPT, corpus: data.Corpus, max_tokens: int | None = None,
+          batch_size: int | None = None, desc: str = "") -> Scores:
     """Scores each of the first max_tokens tokens but the first. Changes no model, draws nothing."""
-    T = model.gpt.block_size
+    c, T = run.config, model.gpt.block_size
     N = min(len(corpus.tokens), max_tokens or len(corpus.tokens))
     scores = Scores(np.full(N - 1, np.nan))         # a token that is missed makes every figure NaN
     if model.planner is not None:
@@ -45,9 +45,9 @@ def score(model: PlannedGPT, corpus: data.Corpus, reach: int, view: str, autocas
     batch_size = batch_size or max(1, 8192 // T)    # bounds memory, whatever the window
     for i in tqdm(range(0, len(starts), batch_size), desc=desc, leave=False, disable=not desc):
         start = starts[i:i + batch_size, None]                              # (B, 1)
-        batch = data.window_batch(corpus, start[:, 0], T, reach, view)
-        with autocast or contextlib.nullcontext():                          # steps 3 to 5
-            nll, label_logits = model(batch.to(model.gpt.wte.weight.device), reduction="none")
+        batch = data.window_batch(corpus, start[:, 0], T, c.planner_reach, c.planner_view)
+        with run.autocast():                                                # steps 3 to 5
+            nll, label_logits = model(batch.to(run.device), reduction="none")
         target = start + 1 + np.arange(T)                                   # (B, T)
         second_half = np.arange(T) >= T - stride                            # (T,)
         new = (second_half | (start == 0)) & (target < N)   # of the first window, all of it
@@ -67,15 +67,13 @@ def summary(scores: Scores, corpus: data.Corpus, n_bytes: int) -> dict:
     nll = float(scores.nll.mean())                              # nats a token
     figures = {"nll": nll, "ppl": math.exp(min(nll, 700)),      # exp(710) overflows
                "bits_per_byte": float(scores.nll.sum()) / math.log(2) / n_bytes,
-               "planner_ce": None, "planner_acc": None, "planner_entropy": None}
-    if scores.label_log_probs is not None and corpus.n_sentences:   # the unfinished has no label
+               "planner_ce": None, "planner_acc": None}
+    if scores.label_log_probs is not None:                      # the unfinished has no label
         said = np.flatnonzero(~np.isnan(scores.label_log_probs[:corpus.n_sentences, 0]))
         log_probs = scores.label_log_probs[said].astype(np.float64)         # (n, K)
         label = corpus.labels[said]                                         # (n,)
-        entropy = -(np.exp(log_probs) * log_probs).sum(1)                   # (n,) nats
         figures |= {"planner_ce": -float(log_probs[np.arange(len(said)), label].mean()),
-                    "planner_acc": float((log_probs.argmax(1) == label).mean()),    # top-1
-                    "planner_entropy": float(entropy.mean())}
+                    "planner_acc": float((log_probs.argmax(1) == label).mean())}    # top-1
     return figures
 
 
@@ -159,11 +157,9 @@ def generate(run: "Run", plan: str, prompt: str, n_tokens: int, temperature: flo
     ends = [*corpus.sentences[1:].tolist(), len(tokens)]
     labels = [*corpus.labels.tolist(), None]        # the last sentence is not finished
     for j, (start, end, label) in enumerate(zip(corpus.sentences.tolist(), ends, labels)):
-        planned = None
-        if said is not None and not np.isnan(said[j, 0]):
-            planned = [int(said[j].argmax()), math.exp(said[j].max())]      # label, probability
         text = run.tokenizer.decode([t for t in tokens[start:end] if t != eot])
         if text:                                    # none in <|endoftext|> alone, or at the end
+            planned = None if said is None else [int(said[j].argmax()), math.exp(said[j].max())]
             sentences.append(dict(text=text, written=end > n_prompt, planned=planned, label=label))
     return sentences
 
@@ -263,7 +259,7 @@ class Run:
     def read_file(self, path: Path) -> tuple[data.Corpus, int]:
         """A file's text as a corpus, and its bytes. Raises ValueError where it holds none."""
         texts = [text for text in data.read_documents(path) if text.strip()]
-        if not texts:                               # Corpus.from_texts leaves out blank ones, too
+        if not texts:
             raise ValueError(f"{path} holds no text")
         corpus = data.Corpus.from_texts(texts, self.tokenizer)
         return self.label(corpus), sum(len(text.encode()) for text in texts)
@@ -281,7 +277,7 @@ class Run:
         gpt = GPT(self.tokenizer.n_vocab, c.block_size, c.n_layer, c.n_head, c.n_embd,
                   0 if plan == "none" else c.n_labels, c.seed)
         planner = Planner(c.n_embd, c.n_labels, c.planner_layer, c.n_head, c.n_embd,
-                          c.planner_reach, c.seed)  # E = C: vectors are means of token embeddings
+                          c.seed)                   # E = C: vectors are means of token embeddings
         return PlannedGPT(gpt, planner, plan, c.gumbel_tau)
 
     def model(self, plan: str) -> PlannedGPT:
@@ -302,10 +298,7 @@ class Run:
         # With a cache, the chunks of GPT.loss would add up their gradients in bfloat16.
         return torch.autocast(self.device.type, torch.bfloat16, enabled, cache_enabled=False)
 
-    def score(self, model: PlannedGPT, corpus: data.Corpus, **options) -> Scores:
-        """`score` with the run's view of the planner and precision."""
-        return score(model, corpus, self.config.planner_reach, self.config.planner_view,
-                     self.autocast(), **options)
+    score = score                       # run.score(model, corpus) is score(run, model, corpus)
 
 
 def choose_device(name: str) -> torch.device:

@@ -53,10 +53,9 @@ class Labeler(nn.Module):
     @torch.no_grad()
     def embed(self, corpus: Corpus) -> np.ndarray:
         """The vectors (n, E) of a corpus's finished sentences: unit length, half precision."""
-        parts = [np.zeros((0, len(self.mean)), np.float16)]
-        for means in self.weighted_means(corpus):
-            parts.append(F.normalize(means - self.mean, dim=1).half().cpu().numpy())
-        return np.concatenate(parts)    # 2 E bytes a sentence, so all of them stay in memory
+        parts = [F.normalize(means - self.mean, dim=1).half().cpu()
+                 for means in self.weighted_means(corpus)]
+        return torch.cat(parts).numpy()     # 2 E bytes a sentence, so all of them stay in memory
 
 
 # --- k-means --------------------------------------------------------------------------------------
@@ -77,20 +76,17 @@ def kmeans(x, k: int, seed: int = 0, iters: int = 50, tol: float = 1e-4,
     if start is None:
         start = plus_plus(points[:max(1 << 14, 8 * k)], k, generator)   # a sample of all the text
     centroids = start.to(device).float()
-    previous = math.inf                         # inertia of the iteration before
+    history = [] if history is None else history
     for _ in range(iters):
         label, distance, sums = nearest(points, centroids)                  # (n,), (n,), (K, E)
-        inertia = float(distance.sum(dtype=torch.float64))
-        if history is not None:
-            history.append(inertia)
-        if previous - inertia <= tol * inertia:
+        history.append(float(distance.sum(dtype=torch.float64)))            # the inertia
+        if len(history) > 1 and history[-2] - history[-1] <= tol * history[-1]:
             break
-        previous = inertia
         counts = torch.bincount(label, minlength=k)                         # (K,)
         moved = (sums / counts.clamp(min=1)[:, None]).float()               # to the means
         empty = (counts == 0).nonzero()[:, 0]   # their sums are 0, which is no centroid
         moved[empty] = centroids[empty]
-        far, index = distance.topk(min(len(empty), len(points)))
+        far, index = distance.topk(len(empty))
         index = index[far > 1e-10]              # not a point that a centroid already sits on
         moved[empty[:len(index)]] = points[index]
         centroids = moved
@@ -128,16 +124,13 @@ def nearest(x, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
 def plus_plus(x: torch.Tensor, k: int, generator: torch.Generator) -> torch.Tensor:
     """k-means++ (Arthur and Vassilvitskii, 2007): starts from points (K, E) drawn one by one in
     proportion to their squared distance from those so far; where all are taken, any again."""
-    chosen, distance = [], torch.ones_like(x[:, 0])                         # (N,)
-    while len(chosen) < k:
-        weights = distance if distance.max() > 0 else torch.ones_like(distance)
-        ladder = weights.double().cumsum(0)     # in float32, far points would be lost in the sum
-        draw = torch.rand(1, generator=generator, dtype=torch.float64).to(x.device) * ladder[-1]
-        pick = int(torch.searchsorted(ladder, draw, right=True).clamp(max=len(x) - 1))
-        from_pick = (x - x[pick]).square().sum(1)
-        distance = torch.minimum(distance, from_pick) if chosen else from_pick
-        chosen.append(pick)                     # its own distance is 0 now: not drawn again
-    return x[chosen].clone()
+    chosen = torch.randint(len(x), (1,), generator=generator).tolist()
+    distance = (x - x[chosen]).square().sum(1)                              # (N,)
+    while len(chosen) < k:                      # a taken point's distance is 0: not drawn again
+        weights = distance.double().cpu() + 1e-30       # but where it is 0 for all, any is
+        chosen.append(int(torch.multinomial(weights, 1, generator=generator)))
+        distance = torch.minimum(distance, (x - x[chosen[-1]]).square().sum(1))
+    return x[chosen]
 
 
 # --- what the labels mean -------------------------------------------------------------------------
@@ -150,9 +143,8 @@ def label_before(corpus: Corpus, k: int) -> np.ndarray:
 
 def label_bigram(corpus: Corpus, k: int) -> torch.Tensor:
     """(K + 2, K) log probabilities: of a label after each label, at a document's start, and, in the
-    last row, by frequency: what a planner must beat. The bigram is smoothed towards the
-    frequencies, by the weight that does best on the last tenth of the sentences, counted without
-    them."""
+    last row, by frequency: what a planner must beat. They are smoothed towards the frequencies, by
+    the weight that does best on the last tenth of the sentences, counted without them."""
     pairs = label_before(corpus, k) * k + corpus.labels     # a number for each (before, label)
 
     def smoothed(pairs, weight):
@@ -167,12 +159,11 @@ def label_bigram(corpus: Corpus, k: int) -> torch.Tensor:
     return torch.from_numpy(smoothed(pairs, weights[int(np.argmin(nats))]))
 
 
-def describe(labeler: Labeler, corpus: Corpus, tokenizer: tiktoken.Encoding,
-             limit: int = 60_000) -> list[dict]:
+def describe(labeler: Labeler, corpus: Corpus, tokenizer: tiktoken.Encoding) -> list[dict]:
     """For each label {"size", "words", "sentences"}: how many sentences have it, its most
-    characteristic words and its most typical sentences, both among the first `limit` sentences."""
-    k, labels = len(labeler.centroids), corpus.labels[:limit]
-    away = corpus.vectors[:limit].astype(np.float32) - labeler.centroids.cpu().numpy()[labels]
+    characteristic words and its most typical sentences, both among the first 60,000 sentences."""
+    k, labels = len(labeler.centroids), corpus.labels[:60_000]
+    away = corpus.vectors[:60_000].astype(np.float32) - labeler.centroids.cpu().numpy()[labels]
     # how many sentences hold a word, anywhere and under each label
     everywhere, within = Counter(), [Counter() for _ in range(k)]
     sentences = [[] for _ in range(k)]

@@ -7,6 +7,7 @@ The GPT is GPT-2 (Radford et al., 2019) without dropout, without biases in its m
 the exact GELU, which is faster in torch than GPT-2's approximation. Step 4: in every block a linear
 map of the plan, zero at the start, is added to the attention output before the output projection.
 """
+import functools
 import math
 
 import torch
@@ -84,6 +85,23 @@ def attend(q, k, v, mask: torch.Tensor | None = None) -> torch.Tensor:
     return scores.masked_fill(~mask, -math.inf).softmax(-1) @ v
 
 
+@functools.lru_cache(maxsize=16)        # made once for each shape; --compile makes it a part of all
+def rotary_table(T: int, D: int, device, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin (T, D) of the angle by which position t turns the pair (i, i + D/2) of entries:
+    by t for i = 0, and more and more slowly for the others."""
+    slower = 10_000 ** -(torch.arange(D // 2, device=device) / (D // 2))                # (D/2,)
+    angle = torch.arange(T, device=device)[:, None] * slower                # (T, D/2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], 1).to(dtype), torch.cat([-sin, sin], 1).to(dtype)
+
+
+def rotate(x: torch.Tensor) -> torch.Tensor:
+    """x (B, H, T, D), each position turned by its own angles: the product of a query and a key then
+    depends on their distance, not on where they are. Source: RoPE, Su et al., arXiv 2104.09864."""
+    cos, sin = rotary_table(x.shape[2], x.shape[3], x.device, x.dtype)
+    return x * cos + x.roll(x.shape[3] // 2, -1) * sin
+
+
 class Attention(nn.Module):
     """Causal self-attention. With `planned`, a map of the plan is added to its output."""
 
@@ -98,7 +116,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)      # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, H, T, D) each
-        y = attend(q, k, v, mask).transpose(1, 2).reshape(B, T, C)
+        y = attend(rotate(q), rotate(k), v, mask).transpose(1, 2).reshape(B, T, C)
         if plan_rows is not None:
             # Map the S rows first and look them up for the T tokens afterwards: S << T.
             mapped = self.plan_map(plan_rows).flatten(0, 1)                 # (B*S, C)
@@ -145,7 +163,6 @@ class GPT(nn.Module):
         self.vocab_size = vocab_size
         padded = 64 * math.ceil(vocab_size / 64)        # such matrices are faster on a GPU
         self.wte = nn.Embedding(padded, n_embd)         # tokens, and the output matrix, too
-        self.wpe = nn.Embedding(block_size, n_embd)     # positions
         self.blocks = nn.ModuleList(Block(n_embd, n_head, n_labels > 0) for _ in range(n_layer))
         self.ln_f = nn.LayerNorm(n_embd)
         self.label_emb = nn.Parameter(torch.zeros(n_labels, n_embd)) if n_labels else None
@@ -163,7 +180,7 @@ class GPT(nn.Module):
         if plan is not None:                            # in the plan rows of all windows, (B*S, C)
             first_row = plan.shape[1] * torch.arange(B, device=tokens.device)
             row_of_token = first_row[:, None] + sentence_id                 # (B, T)
-        x = self.wte(tokens) + self.wpe.weight[:T]                          # (B, T, C)
+        x = self.wte(tokens)                                                # (B, T, C)
         for block in self.blocks:
             x = block(x, plan, row_of_token)
         x = self.ln_f(x)                                                    # (B, T, C)

@@ -17,11 +17,10 @@ class Planner(nn.Module):
     vectors of the sentences before it."""
 
     def __init__(self, n_vector: int, n_labels: int, n_layer: int, n_head: int, n_embd: int,
-                 reach: int, seed: int = 0):
+                 seed: int = 0):
         super().__init__()
         self.inp = nn.Linear(n_vector, n_embd, bias=False)
         self.start = nn.Parameter(torch.zeros(n_embd))  # stands in for "nothing yet"
-        self.wpe = nn.Embedding(reach + 1, n_embd)      # later sentences share the last position
         self.blocks = nn.ModuleList(Block(n_embd, n_head) for _ in range(n_layer))
         self.ln_f = nn.LayerNorm(n_embd)
         self.head = nn.Linear(n_embd, n_labels, bias=False)                 # C -> K
@@ -36,7 +35,6 @@ class Planner(nn.Module):
         x = torch.where(first[..., None], self.start.to(x.dtype), x)        # (B, P, C)
         slot = torch.arange(first.shape[1], device=first.device)
         opening = torch.where(first, slot, 0).cummax(1).values      # (B, P) where its view began
-        x = x + self.wpe((slot - opening).clamp(max=self.wpe.num_embeddings - 1))
         # A slot sees the slots of its own view up to itself; padding sees itself, not nothing.
         mask = (opening[:, :, None] == opening[:, None, :]).tril()          # (B, P, P)
         for block in self.blocks:

@@ -14,10 +14,12 @@ import math
 import os
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -66,16 +68,16 @@ class Config:
     lm_steps: int = opt(1000, "steps of stage lm", 1)
     planner_steps: int = opt(150, "steps of stage planner", 1)
     joint_steps: int = opt(800, "steps of stage joint, for each plan", 1)
-    lm_lr: float = opt(2e-3, "peak learning rate of stage lm", 0)
+    muon_lr: float = opt(0.02, "peak learning rate of the blocks' matrices (Muon); 0: AdamW", 0)
+    lm_lr: float = opt(2e-3, "peak learning rate of stage lm, of the rest (AdamW)", 0)
     planner_lr: float = opt(1e-3, "peak learning rate of stage planner", 0)
     joint_lr: float = opt(2e-3, "peak learning rate of the GPT in stage joint", 0)
     joint_planner_lr: float = opt(5e-4, "peak learning rate of the planner in stage joint", 0)
     unfreeze_step: int = opt(0, "step of stage joint from which the planner is trained", 0)
     gumbel_tau: float = opt(1.0, "temperature of the plan gumbel", 1e-3)
-    weight_decay: float = opt(0.1, "AdamW's, of matrices; not of label_emb", 0)
-    eval_every: int = opt(200, "steps between validations; each stage's end is one in any case", 1)
+    weight_decay: float = opt(0.1, "of matrices; not of label_emb", 0)
+    eval_every: int = opt(200, "steps between validations, and between checkpoints", 1)
     eval_tokens: int = opt(16384, "validation tokens of those; the final table takes all", 16)
-    save_every: int = opt(100, "steps between checkpoints", 1)
 
     @property
     def plan_names(self) -> list[str]:                  # in the order given, each once
@@ -93,8 +95,9 @@ class Config:
             raise ValueError(f"plans={self.plans}: choose of {','.join(PLANS)}; or all")
         if self.vocab_size > 1 << 16:                   # the store keeps a token in two bytes
             raise ValueError(f"vocab_size={self.vocab_size}: must be at most 65536")
-        if self.n_embd % self.n_head:                   # each head has C / H of the width
-            raise ValueError(f"n_head={self.n_head} must divide n_embd={self.n_embd}")
+        if self.n_embd % (2 * self.n_head):             # each head has C / H entries, in pairs
+            raise ValueError(f"n_embd={self.n_embd} must be a multiple of {2 * self.n_head}, twice "
+                             f"n_head={self.n_head}")
 
 
 PRESETS = {             # laptop: the defaults; gpu: 124 M parameters, 0.5 M tokens a step
@@ -104,14 +107,14 @@ PRESETS = {             # laptop: the defaults; gpu: 124 M parameters, 0.5 M tok
     "gpu": dict(tokenizer="gpt2", n_layer=12, n_head=12, n_embd=768, block_size=1024, n_labels=1024,
                 planner_layer=4, planner_reach=128, grad_accum=16, lm_steps=2000, lm_lr=6e-4,
                 planner_steps=1000, planner_lr=3e-4, joint_steps=1000, joint_lr=3e-4, compile=True,
-                joint_planner_lr=3e-4, eval_every=250, eval_tokens=262144, save_every=250),
+                joint_planner_lr=3e-4, eval_every=250, eval_tokens=262144),
 }
 STAGE_OPTIONS = {       # what a stage depends on, beside what those before it do; --resume keeps it
     "lm": "data tokenizer vocab_size seed dtype n_layer n_head n_embd block_size batch_size "
-          "grad_accum lm_steps lm_lr weight_decay",
+          "grad_accum lm_steps muon_lr lm_lr weight_decay",
     "labels": "n_labels",
-    "planner": "planner_layer planner_reach planner_steps planner_lr",
-    "joint": "planner_view joint_steps joint_lr joint_planner_lr unfreeze_step gumbel_tau",
+    "planner": "planner_layer planner_reach planner_view planner_steps planner_lr",
+    "joint": "joint_steps joint_lr joint_planner_lr unfreeze_step gumbel_tau",
 }
 
 
@@ -120,11 +123,13 @@ def train(config: Config) -> None:
     """All stages, one after the other, and the table of all plans on validation."""
     run = begin(config)                                 # step 1: corpus and sentences
     gpt = run.new_model("none")
-    fit(run, "lm", gpt, [(gpt, config.lm_lr)], config.lm_steps)     # every plan starts from it
+    parts = [(gpt, config.muon_lr, config.lm_lr)]
+    fit(run, "lm", gpt, parts, config.lm_steps)         # every plan starts from it
     with rank_0_first(run):                             # the other ranks read what it fitted
         make_labels(run)                                # step 2
     planner = run.new_model("soft").planner             # step 3
-    fit(run, "planner", planner, [(planner, config.planner_lr)], config.planner_steps)
+    fit(run, "planner", planner, [(planner, config.muon_lr, config.planner_lr)],
+        config.planner_steps)
     for plan in config.plan_names:                      # steps 4 and 5
         train_joint(run, plan)
     if run.rank == 0:
@@ -161,26 +166,29 @@ def train_joint(run: Run, plan: str) -> None:
         model.gpt.label_emb.data = run.labeler.centroids.cpu().clone()      # (K, C): here E = C
     if model.planner is not None:                       # it predicts labels already
         run.load("planner", model.planner)
-    parts = [(model.gpt, c.joint_lr)]
+    parts = [(model.gpt, c.muon_lr, c.joint_lr)]
     if plan in END_TO_END:                              # elsewhere the planner keeps its weights
-        parts.append((model.planner, c.joint_planner_lr))
+        parts.append((model.planner, 0.0, c.joint_planner_lr))     # Muon would ruin it
     fit(run, f"joint_{plan}", model, parts, c.joint_steps)
 
 
 # --- the loop -------------------------------------------------------------------------------------
 def fit(run: Run, name: str, model: torch.nn.Module, parts: list, steps: int) -> None:
-    """Trains a model's parts, [(module, peak learning rate)], from the checkpoint NAME.pt if there
-    is one, and leaves it finished. Raises ValueError where a gradient is not finite."""
+    """Trains a model's parts, [(module, Muon's peak rate, AdamW's)], from the checkpoint NAME.pt if
+    there is one, and leaves it finished. Raises ValueError where a gradient is not finite."""
     c, device, stage = run.config, run.device, name.split("_")[0]           # joint_soft -> joint
-    optimizer = make_optimizer(parts, c.weight_decay, device)
+    optimizers = make_optimizers(parts, c.weight_decay, run)
     first_step = 0
     if run.has(name):
         saved = run.load(name, model)
         print(f"{name}: " + ("finished before" if saved["done"] else f"from step {saved['step']}"))
         if saved["done"]:
             return
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
         first_step = saved["step"]                  # nothing else: batches follow from the step
+    # It makes the table of rotary positions a part of the program, and would warn of it.
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
     net = torch.compile(model) if c.compile else model
     if run.world > 1:                               # averages gradients over ranks, in backward()
         net = torch.nn.parallel.DistributedDataParallel(net)
@@ -189,7 +197,7 @@ def fit(run: Run, name: str, model: torch.nn.Module, parts: list, steps: int) ->
 
     for step in bar:
         # 1. The learning rate rises over a twentieth of the steps, then falls along a cosine.
-        for group in optimizer.param_groups:
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = group["peak_lr"] * learning_rate(step, steps)
         # 2. Gradients, summed over the micro-batches of this step.
         loss = torch.zeros((), device=device)
@@ -199,7 +207,8 @@ def fit(run: Run, name: str, model: torch.nn.Module, parts: list, steps: int) ->
             noise = torch.Generator(device).manual_seed(hash((c.seed, step, micro, run.rank)))
             with run.autocast():
                 if stage == "planner":                                      # nats a label
-                    micro_loss = label_loss(net(batch.vectors, batch.first), batch.labels)
+                    label_logits = net(batch.vectors, batch.first, batch.labels.shape[1])
+                    micro_loss = label_loss(label_logits, batch.labels)
                 else:                                                       # nats a token
                     micro_loss, _ = net(batch, noise)
             (micro_loss / run.grad_accum).backward()    # their sum is the gradient of the mean
@@ -209,12 +218,13 @@ def fit(run: Run, name: str, model: torch.nn.Module, parts: list, steps: int) ->
             model.planner.zero_grad()               # without a gradient there is no step
         # 3. Clip and step.
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)     # of both parts
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         # 4. Log, validate, save. Not in every step: to read the loss makes a GPU wait.
         done, last = step + 1, step + 1 == steps
-        validating, saving = last or done % c.eval_every == 0, last or done % c.save_every == 0
-        if not (validating or saving or done % 10 == 0):
+        saving = last or done % c.eval_every == 0
+        if not (saving or done % 10 == 0):
             continue
         if not math.isfinite(grad_norm):            # all later ones are not, either: none is missed
             raise ValueError(f"{name}: the gradient is not finite by step {done}; the last "
@@ -226,11 +236,10 @@ def fit(run: Run, name: str, model: torch.nn.Module, parts: list, steps: int) ->
         if run.rank == 0:
             run.log(stage=name, step=done, loss=loss, grad_norm=float(grad_norm),
                     lr=optimizer.param_groups[0]["lr"], per_second=speed)
-            if validating:                          # on rank 0 alone: the others wait
+            if saving:                              # on rank 0 alone: the others wait
                 run.log(stage=name, step=done, **validate(run, model))
-            if saving:
                 run.save(name, {"step": done, "done": last, "model": model.state_dict(),
-                                "optimizer": None if last else optimizer.state_dict()})
+                                "optimizers": [x.state_dict() for x in optimizers if not last]})
         tokens, since = 0, time.perf_counter()      # the speed is that of training alone
     if run.world > 1:
         dist.barrier()                              # the last checkpoint is there for all
@@ -240,12 +249,13 @@ def make_batch(run: Run, stage: str, step: int, micro: int) -> data.Batch:
     """A rank's micro-batch: a function of seed, stage and step, the same for all plans."""
     c, corpus = run.config, run.corpus("train")
     length, width = len(corpus.tokens), c.block_size
-    if stage == "planner":      # twice its reach, so that its last position is trained as well
+    rows = stage == "planner" and c.planner_view == "document"      # of sentences, not windows
+    if rows:                    # twice its reach: half of the slots have as much behind them
         length, width = corpus.n_sentences, min(2 * c.planner_reach, corpus.n_sentences // 2)
     seed = c.seed, list(STAGE_OPTIONS).index(stage)     # each stage draws its own
     starts = data.batch_starts(length, width, c.batch_size * c.grad_accum, seed, step)
     starts = starts.reshape(run.grad_accum, run.world, -1)[micro, run.rank]   # (B,) its share
-    if stage == "planner":
+    if rows:
         return data.sentence_batch(corpus, starts, width)
     return data.window_batch(corpus, starts, width, c.planner_reach, c.planner_view)
 
@@ -257,28 +267,69 @@ def learning_rate(step: int, steps: int) -> float:
     return min(1, (step + 1) / warmup) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * fall)))
 
 
-def make_optimizer(parts: list, weight_decay: float, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW over [(module, peak learning rate)]; only matrices decay, of those not label_emb."""
-    groups = []
-    for module, lr in parts:
-        for name, p in module.to(device).named_parameters():
-            decays = p.dim() >= 2 and not name.endswith("label_emb")    # no norms, no biases
-            groups.append({"params": p, "peak_lr": lr,
-                           "weight_decay": weight_decay if decays else 0.0})
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type != "mps")
+def make_optimizers(parts: list, weight_decay: float, run: Run) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, unless its rate is 0, and AdamW for all else, of
+    [(module, Muon's peak rate, AdamW's)]. Matrices decay, but not label_emb."""
+    muon, adamw = [], []
+    for module, muon_lr, lr in parts:
+        for name, p in module.to(run.device).named_parameters():
+            inner = "blocks." in name and p.dim() == 2 and "plan_map" not in name
+            decays = p.dim() == 2 and not name.endswith("label_emb")        # no norms
+            group = {"params": [p], "weight_decay": weight_decay if decays else 0.0}
+            if inner and muon_lr:
+                muon.append(group | {"peak_lr": muon_lr})
+            else:
+                adamw.append(group | {"peak_lr": lr})
+    dtype = torch.bfloat16 if run.autocast()._enabled else torch.float32
+    adamw = torch.optim.AdamW(adamw, betas=(0.9, 0.95), fused=run.device.type != "mps")
+    return [Muon(muon, dtype), adamw] if muon else [adamw]
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose steps are made orthogonal: no direction of a matrix is favoured, whatever the
+    gradient. Source: Jordan et al., "Muon", 2024, kellerjordan.github.io/posts/muon; torch's own
+    multiplies in bfloat16, which is slow on most CPUs: this one in `dtype`."""
+
+    def __init__(self, groups: list[dict], dtype: torch.dtype):
+        super().__init__(groups, {})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:                 # a matrix each, which has a gradient
+            p, lr = group["params"][0], group["lr"]
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+            momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)
+            update = orthogonal(p.grad.lerp(momentum, 0.95).to(self.dtype))     # Nesterov's
+            p.mul_(1 - lr * group["weight_decay"])
+            p.add_(update, alpha=-lr * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+
+
+def orthogonal(x: torch.Tensor) -> torch.Tensor:
+    """x (M, N), its singular values brought near 1 by five Newton-Schulz iterations."""
+    wide = x if x.shape[0] < x.shape[1] else x.T        # the smaller products
+    wide = wide / (wide.norm() + 1e-7)                  # no singular value is above 1
+    for _ in range(5):
+        a = wide @ wide.T
+        b = torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315)                # -4.775 a + 2.0315 a a
+        wide = torch.addmm(wide, b, wide, beta=3.4445)                      # 3.4445 x + b x
+    return wide if x.shape[0] < x.shape[1] else wide.T
 
 
 @torch.no_grad()
 def validate(run: Run, model: torch.nn.Module) -> dict:
     """Nats a token, and the planner's figures, on the first eval_tokens of validation."""
     corpus, n = run.corpus("val"), run.config.eval_tokens
-    if isinstance(model, Planner):      # alone, on one long row
-        S = min(corpus.n_sentences, n // 16)
-        row = data.sentence_batch(corpus, corpus.documents[:1], S).to(run.device)
-        return {"val_label_nats": label_loss(model(row.vectors, row.first), row.labels).item()}
+    if isinstance(model, Planner):      # alone, on the sentences that disjoint windows touch
+        c = run.config
+        starts = np.arange(0, min(n, len(corpus.tokens)), c.block_size)
+        batch = data.window_batch(corpus, starts, c.block_size, c.planner_reach, c.planner_view)
+        batch = batch.to(run.device)
+        label_logits = model(batch.vectors, batch.first, batch.labels.shape[1])
+        return {"val_label_nats": label_loss(label_logits, batch.labels).item()}
     figures = summary(run.score(model, corpus, max_tokens=n), corpus, 1)     # no bits per byte
-    names = {"nll": "val_nll", "planner_ce": "val_label_nats", "planner_acc": "val_top1",
-             "planner_entropy": "val_entropy"}
+    names = {"nll": "val_nll", "planner_ce": "val_label_nats", "planner_acc": "val_top1"}
     return {new: figures[old] for old, new in names.items() if figures[old] is not None}
 
 

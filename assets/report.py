@@ -81,7 +81,7 @@ def read_curves(path: Path, limit: int = 200) -> dict[str, dict[str, list]]:
     for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # damaged
             entry = json.loads(line)
-            for name in ("loss", "val_nll", "val_label_nats", "val_entropy"):
+            for name in ("loss", "val_nll", "val_label_nats"):
                 if math.isfinite(entry.get(name, math.nan)):
                     values = curves.setdefault(entry["stage"], {}).setdefault(name, {})
                     values[entry["step"]] = round(entry[name], 5)

@@ -48,7 +48,6 @@ def one_line_error(name, error=ValueError):
 
 
 # --- sentences, tokens, tokenizer -----------------------------------------------------------------
-
 def test_segments_lose_nothing_and_keep_to_their_sizes():
     for text in TEXTS + NO_BLANK:                    # a cut within a character can't be decoded
         sentences = data.segment(text)
@@ -126,7 +125,6 @@ def test_bpe_merges_what_counting_anew_merges():
 
 
 # --- store and corpora ----------------------------------------------------------------------------
-
 def write_corpus(path, texts):
     path.parent.mkdir(exist_ok=True)
     lines = [json.dumps({"text": text}) if path.suffix == ".jsonl" else text + "\n" + EOT
@@ -249,33 +247,41 @@ def test_what_makes_no_corpus_is_named_and_leaves_no_store(tmp_path, name, raw, 
             prepare(tmp_path / name)
 
 
-MODULE = '''"""module {0}"""
+MODULE = '''"""module NN"""
 raise ImportError("this file is read, not imported")
 try:
-    """not a docstring {0}"""
+    """not a docstring NN"""
 except ImportError:
     class A:
-        async def method(self): """method {0}"""
-def short(): "Too short."
+        async def method(self): """method NN"""
+def late(): """late NN"""
+def copy(): """method NN"""
+def shared(): """shared by all"""
+def short(): """short NN"""
 '''
 
 
-def test_docstrings_are_read_wherever_they_stand_and_a_files_stay_together(tmp_path, monkeypatch):
+def test_a_file_is_a_document_of_its_long_docstrings_in_order_without_copies(tmp_path, monkeypatch):
+    def long(text):                                  # of the fewest characters that count
+        return text.ljust(200, ".")
     write_corpus(tmp_path / "made_up/template.py", ["def {{ name }}(): pass"])
-    for i in range(60):
-        (tmp_path / f"made_up/{i}.py").write_text(MODULE.format(f"{i} {200 * '.'}"))
+    module = re.sub('"""(.*)"""', lambda found: f'"""{long(found[1])}"""', MODULE)
+    module = module.replace("short ", "short")       # one character less
+    for name in [*range(10, 70), "copy of 69"]:      # they are read in this order
+        (tmp_path / f"made_up/{name}.py").write_text(module.replace("NN", str(name)[-2:]))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "data")         # the loaded one may hold the real docstrings
     afresh = importlib.import_module("data")
     afresh.DOCSTRING_PACKAGES = ("made_up",)
-    found = [(*text.split()[:2], split) for split, text in afresh.documents("docstrings", tmp_path)]
-    assert Counter(kind for kind, _, _ in found) == {"module": 60, "method": 60}
-    splits = {(i, split) for _, i, split in found}
-    assert len(splits) == 60 and {split for _, split in splits} == set(SPLITS)
+    splits, found = zip(*afresh.documents("docstrings", tmp_path))
+    expected = ["\n\n".join(long(f"{kind} {i}") for kind in ("module", "method", "late"))
+                for i in range(10, 70)]
+    expected[0] += "\n\n" + long("shared by all")
+    assert sorted(found) == expected and list(found) != expected        # shuffled
+    assert set(splits) == set(SPLITS)
 
 
 # --- batches --------------------------------------------------------------------------------------
-
 def test_an_epoch_visits_disjoint_windows_once_in_an_order_of_its_own():
     length, width, n = 1003, 10, 99                  # n: one window less than fit, for the offset
     steps = [data.batch_starts(length, width, 6, (3, 1), step) for step in range(33)]

@@ -30,7 +30,9 @@ def fit(corpus, k=1):
     return labeler
 
 
-def test_a_vector_is_its_tokens_weighted_mean_less_the_training_mean_at_unit_length():
+@pytest.mark.parametrize("chunk", [labels.CHUNK, 7])  # sentences at a time
+def test_a_vector_is_its_tokens_weighted_mean_less_the_training_mean(chunk, monkeypatch):
+    monkeypatch.setattr(labels, "CHUNK", chunk)
     train = draw_corpus(0)
     p = np.bincount(train.tokens, minlength=V) / len(train.tokens)
     table = WTE.double().numpy() * (1e-3 / (1e-3 + p))[:, None]
@@ -41,18 +43,7 @@ def test_a_vector_is_its_tokens_weighted_mean_less_the_training_mean_at_unit_len
         assert np.abs(fit(train).embed(corpus) - expected).max() < 2 * HALF
 
 
-def test_a_vector_depends_on_its_own_sentence_alone(monkeypatch):
-    monkeypatch.setattr(labels, "CHUNK", 7)          # so that sentences share several chunks
-    corpus = draw_corpus(0)
-    labeler = fit(corpus)
-    together = labeler.embed(corpus).astype(np.float32)
-    for sentence, vector in zip(sentences(corpus), together):
-        alone = data.Corpus(sentence, np.array([0, len(sentence)]), np.array([0]))
-        assert np.abs(labeler.embed(alone) - vector).max() <= HALF
-
-
 # --- k-means --------------------------------------------------------------------------------------
-
 def lumps(n, seed=0):
     """(n, 6) float32: seven lumps that overlap, so that Lloyd takes a while."""
     rng = np.random.default_rng(seed)
@@ -129,7 +120,6 @@ def test_an_empty_label_takes_the_farthest_point_if_none_sits_there():
 
 
 # --- what the labels mean -------------------------------------------------------------------------
-
 def draw_labelled(seed, k, order):
     """One-token sentences; a share `order` of the labels count up, the rest are drawn."""
     rng = np.random.default_rng(seed)

@@ -29,7 +29,7 @@ def table(text):
 
 def vectors_read(batch, window, row):
     """Which vectors move the planner's logits of a row; sentence i has the i-th unit vector."""
-    planner = Planner(batch.vectors.shape[-1], 3, 1, 1, 8, reach=48).double()
+    planner = Planner(batch.vectors.shape[-1], 3, 1, 1, 8).double()
     vectors = batch.vectors.double().requires_grad_()
     planner(vectors, batch.first)[window, row - batch.labels.shape[1]].square().sum().backward()
     moving = vectors[window][vectors.grad[window].abs().sum(1) > 0]         # (vectors, E)
@@ -60,12 +60,15 @@ def test_three_labels_mix_and_learn_as_shown():
     logits, probabilities, label_emb, loss_gradient = shown.split([3, 3, 6, 2])
     assert logits.softmax(0).tolist() == pytest.approx(probabilities.tolist(), abs=0.005)
     leaves = [logits.view(1, 1, 3).requires_grad_(), label_emb.view(3, 2).requires_grad_()]
+    found = {}
     for name, *cells in table(MIXTURES):
         plan = mix_labels(*leaves, name.strip("`"))[0, 0]
         gradients = torch.autograd.grad(plan @ loss_gradient, leaves, materialize_grads=True)
+        found[name.strip("`")] = gradients
         for computed, cell in zip([plan, *gradients], cells, strict=True):
             figures = [float(x) for x in NUMBER.findall(cell)]
             assert computed.flatten().tolist() == pytest.approx(figures, abs=0.005), (name, cell)
+    torch.testing.assert_close(found["straight_through"], (found["soft"][0], found["hard"][1]))
 
 
 def test_the_programs_understand_the_commands(monkeypatch):
