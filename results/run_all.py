@@ -53,6 +53,13 @@ FIVE = (0, 1, 2, 3, 4)
 RATED = "none,hard,straight_through,soft"
 WIDE = "--block_size=256 --batch_size=8"                # as many tokens a step as by default
 PARTS = {
+    "default": Part("the default run, on seeds that chose nothing", "", "none,hard,soft", (1, 2, 3),
+                    split="val"),
+    "default_seconds": Part("`none` for as many seconds as `soft`", "--joint_steps=702", "none",
+                            (1, 2, 3), start="default", split="val"),
+    "default_view": Part("the planner sees what the GPT sees, in its own stage, too",
+                         "--planner_view=window", "soft", (1, 2, 3), start="default", split="val"),
+    "default_256": Part("a window of 256", WIDE, "none,soft", (1,), split="val"),
     "rates": Part("learning rates of stage joint: the default's", "", RATED, split="val"),
     "rates_low": Part("half of them", "--joint_lr=1e-3 --joint_planner_lr=2.5e-4", RATED,
                       start="rates", split="val"),
