@@ -146,7 +146,7 @@ def window_batch(corpus: Corpus, starts: np.ndarray, width: int, reach: int = 0,
     earliest = np.maximum(corpus.documents[document], touched - context)    # (B, 1)
     # Few different shapes: each new one costs memory, and time where the model is compiled.
     S = 8 * -(-np.max(last - touched + 1) // 8)
-    P = 16 * -(-max(S, np.max(last - earliest + 1)) // 16)
+    P = 8 * -(-max(S, np.max(last - earliest + 1)) // 8)
     index = last + np.arange(1 - P, 1)                                      # (B, P) in each slot
     in_view = index >= earliest
     finished = in_view & (index < corpus.n_sentences)       # an unfinished one has no vector

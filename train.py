@@ -60,7 +60,7 @@ class Config:
     block_size: int = opt(64, "T: window of the GPT in tokens", 1)
     n_labels: int = opt(256, "K: labels, the clusters of k-means", 1)
     planner_layer: int = opt(2, "blocks of the planner", 1)
-    planner_reach: int = opt(22, "sentences before the window that the planner can look back", 1)
+    planner_reach: int = opt(16, "sentences before the window that the planner can look back", 1)
     planner_view: str = opt("document", "window: what the GPT sees", choices=("document", "window"))
     # training
     batch_size: int = opt(32, "windows in a micro-batch; rows of sentences in stage planner", 1)

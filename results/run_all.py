@@ -55,7 +55,7 @@ WIDE = "--block_size=256 --batch_size=8"                # as many tokens a step 
 PARTS = {
     "default": Part("the default run, on seeds that chose nothing", "", "none,hard,soft", (1, 2, 3),
                     split="val"),
-    "default_seconds": Part("`none` for as many seconds as `soft`", "--joint_steps=702", "none",
+    "default_seconds": Part("`none` for as many seconds as `soft`", "--joint_steps=693", "none",
                             (1, 2, 3), start="default", split="val"),
     "default_view": Part("the planner sees what the GPT sees, in its own stage, too",
                          "--planner_view=window", "soft", (1, 2, 3), start="default", split="val"),
