@@ -202,16 +202,13 @@ PATTERN = (r"[A-Za-z\u0080-\U0010FFFF]{1,40} ?|[0-9]{1,3} ?|\n{1,8} {0,40}| {1,4
            r"|[^A-Za-z0-9\u0080-\U0010FFFF \n]{1,16} ?")
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, limit: int = 16 << 20) -> dict[bytes, int]:
-    """Byte-level BPE of the first `limit` characters: merges the most frequent pair of neighbours
-    until there are vocab_size - 1 tokens (one id is left for `<|endoftext|>`), or no pair occurs
-    twice. Returns token -> rank. Source: Sennrich et al., arXiv 1508.07909."""
+def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
+    """Byte-level BPE: merges the most frequent pair of neighbours until there are vocab_size - 1
+    tokens (one id is left for `<|endoftext|>`), or no pair occurs twice. Returns token -> rank.
+    Source: Sennrich et al., arXiv 1508.07909."""
     counts = Counter()
     for text in texts:
-        counts.update(re.findall(PATTERN, text[:limit]))
-        limit -= len(text)
-        if limit <= 0:
-            break
+        counts.update(re.findall(PATTERN, text))
     words = [([bytes([b]) for b in word.encode()], n) for word, n in counts.items()]
     pairs = Counter()                       # a pair, known by its concatenation -> its frequency
     words_with = defaultdict(set)           # the same -> indices of the words that contain it
@@ -308,11 +305,10 @@ class Store:
 
     def split(self, name: str) -> Corpus:
         """One split, its tokens as a memory map. Raises ValueError where a file is cut short."""
-        file = self.path / f"{name}.npz"
+        file = self.path / f"{name}.tokens"
         try:
-            with np.load(file) as arrays:
-                n_tokens = int(arrays["sentences"][-1])
-                tokens = np.memmap(file.with_suffix(".tokens"), np.uint16, "r", 0, n_tokens)
+            with np.load(file.with_suffix(".npz")) as arrays:
+                tokens = np.memmap(file, np.uint16, "r", 0, int(arrays["sentences"][-1]))
                 return Corpus(tokens, arrays["sentences"], arrays["documents"])
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{file} is damaged ({error}): delete {self.path}") from None
@@ -335,7 +331,7 @@ def prepare(name: str, tokenizer: str, vocab_size: int, cache_dir: Path) -> Stor
             encoding = tiktoken.get_encoding("gpt2")
         else:                               # one pass over the corpus; a second tokenizes it
             training = (text for split, text in documents(name, cache_dir) if split == "train")
-            encoding = bpe_tokenizer(train_bpe(training, vocab_size))
+            encoding = bpe_tokenizer(train_bpe(itertools.islice(training, 20_000), vocab_size))
         save_tokenizer(working / "tokenizer.json", encoding)
         _write_splits(working, name, cache_dir, encoding)
         working.rename(path)                            # only now is it there, and whole

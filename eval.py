@@ -5,7 +5,6 @@ tokens with less than half a window behind them; a prefix of a text scores as wi
 """
 import argparse
 import contextlib
-import difflib
 import importlib.metadata
 import json
 import math
@@ -318,14 +317,11 @@ def versions() -> dict[str, str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that answers a mistake with one line, naming the nearest option."""
+    """argparse that answers a mistake with one line."""
 
     def error(self, message):
         if message.startswith("unrecognized arguments:"):
-            name = message.split(": ", 1)[1].split()[0]
-            options = self._option_string_actions   # argparse has no public list of them
-            near = difflib.get_close_matches(name.split("=")[0], options, 1, 0.5) or ["--help"]
-            message = f"unknown option {name}: did you mean {near[0]}?"
+            message = f"unknown option {message.split()[2]}: --help lists all"
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 

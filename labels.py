@@ -3,8 +3,7 @@
 A sentence's vector is the mean of its token embeddings in the GPT of stage lm, weighted by
 a / (a + p(token)), which tones down frequent tokens (SIF: Arora, Liang and Ma, "A Simple but
 Tough-to-Beat Baseline for Sentence Embeddings", ICLR 2017); the training split's mean is removed,
-and the length is made 1. SIF's last step changed nothing here. A label follows from its sentence.
-NOTE(paper): the paper takes its vectors from a pretrained sentence encoder.
+and the length is made 1. NOTE(paper): the paper has vectors of a pretrained sentence encoder.
 """
 import math
 import re
@@ -103,15 +102,11 @@ def nearest(x, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
     c = centroids - middle                                                  # (K, E)
     weight, bias = -2 * c, (c * (centroids + middle)).sum(1)                # (K, E), (K,)
     on_cpu = centroids.device.type == "cpu"
-    intel = "Intel" in torch.cpu.get_capabilities().get("cpu_name", "")
-    onednn = on_cpu and not intel and torch.backends.mkldnn.is_available()
-    if onednn:                                  # on other CPUs it is twice as fast as MKL
-        weight, bias = weight.to_mkldnn(), bias.to_mkldnn()
     size = max(256, (1 << 19 if on_cpu else 1 << 26) // max(centroids.shape))   # fits the cache
     indices, distances, sums = [], [], torch.zeros_like(centroids)
     for i in range(0, len(x), size):
         part = torch.as_tensor(x[i:i + size]).to(centroids.device).float()              # (n, E)
-        scores = F.linear(part.to_mkldnn() if onednn else part, weight, bias).to_dense()  # (n, K)
+        scores = F.linear(part, weight, bias)                               # (n, K)
         # numpy's argmin is several times as fast on a CPU
         index = torch.from_numpy(scores.numpy().argmin(1)) if on_cpu else scores.argmin(1)
         away = torch.linalg.vector_norm(part - F.embedding(index, centroids), dim=1)
@@ -143,20 +138,13 @@ def label_before(corpus: Corpus, k: int) -> np.ndarray:
 
 def label_bigram(corpus: Corpus, k: int) -> torch.Tensor:
     """(K + 2, K) log probabilities: of a label after each label, at a document's start, and, in the
-    last row, by frequency: what a planner must beat. They are smoothed towards the frequencies, by
-    the weight that does best on the last tenth of the sentences, counted without them."""
+    last row, by frequency: what a planner must beat. They are smoothed as if 128 more sentences had
+    followed each label, by frequency: the best power of two on the default's validation split."""
     pairs = label_before(corpus, k) * k + corpus.labels     # a number for each (before, label)
-
-    def smoothed(pairs, weight):
-        counts = np.bincount(pairs, minlength=(k + 1) * k).reshape(k + 1, k)            # (K+1, K)
-        frequency = (counts.sum(0) + 1) / (counts.sum() + k)                # (K,)
-        bigram = (counts + weight * frequency) / (counts.sum(1, keepdims=True) + weight)
-        return np.log(np.concatenate([bigram, frequency[None]]))
-
-    cut = int(0.9 * len(pairs))                 # the last documents, nearly
-    weights = [2.0 ** i for i in range(13)]
-    nats = [-smoothed(pairs[:cut], weight).ravel()[pairs[cut:]].sum() for weight in weights]
-    return torch.from_numpy(smoothed(pairs, weights[int(np.argmin(nats))]))
+    counts = np.bincount(pairs, minlength=(k + 1) * k).reshape(k + 1, k)    # (K+1, K)
+    frequency = (counts.sum(0) + 1) / (counts.sum() + k)                    # (K,)
+    bigram = (counts + 128 * frequency) / (counts.sum(1, keepdims=True) + 128)
+    return torch.from_numpy(np.log(np.concatenate([bigram, frequency[None]])))
 
 
 def describe(labeler: Labeler, corpus: Corpus, tokenizer: tiktoken.Encoding) -> list[dict]:

@@ -3,11 +3,10 @@
 Shapes, here and everywhere: B batch, T tokens, S sentences, K labels, C model width,
 E sentence-vector width, V vocabulary, H heads, D head width.
 
-The GPT is GPT-2 (Radford et al., 2019) without dropout and biases, and with the exact GELU, which is
-faster in torch than GPT-2's. Two things are new: rotary positions instead of learned ones, and a
-norm behind the token embedding, worth 0.11 nats a token in equal time (results/README.md; Muon, in
-train.py, is the third). Step 4: in every block a linear map of the plan, zero at the start, is
-added to the attention output before the output projection.
+The GPT is GPT-2 (Radford et al., 2019) without dropout and biases, with the exact GELU, which torch
+computes faster, with rotary positions instead of learned ones, and with a norm behind the token
+embedding, worth 0.11 nats a token (results/README.md). Step 4: in every block a linear map of the
+plan, zero at the start, is added to the attention output before the output projection.
 """
 import functools
 import math

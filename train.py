@@ -87,8 +87,6 @@ class Config:
         """Raises ValueError for a value, or a combination, that can't be."""
         for f in fields(self):
             value, least = getattr(self, f.name), f.metadata["least"]
-            if value not in (f.metadata["choices"] or [value]):
-                raise ValueError(f"{f.name}={value}: choose {' or '.join(f.metadata['choices'])}")
             if least is not None and not least <= value < math.inf:     # nan is refused here, too
                 raise ValueError(f"{f.name}={value}: must be finite and at least {least}")
         if not set(self.plan_names) <= set(PLANS):
@@ -119,18 +117,16 @@ STAGE_OPTIONS = {       # what a stage depends on, beside what those before it d
 
 
 # --- the four stages ------------------------------------------------------------------------------
-def train(config: Config) -> None:
+def train(c: Config) -> None:
     """All stages, one after the other, and the table of all plans on validation."""
-    run = begin(config)                                 # step 1: corpus and sentences
-    gpt = run.new_model("none")
-    parts = [(gpt, config.muon_lr, config.lm_lr)]
-    fit(run, "lm", gpt, parts, config.lm_steps)         # every plan starts from it
+    run = begin(c)                                      # step 1: corpus and sentences
+    gpt = run.new_model("none")                         # every plan starts from it
+    fit(run, "lm", gpt, [(gpt, c.muon_lr, c.lm_lr)], c.lm_steps)
     with rank_0_first(run):                             # the other ranks read what it fitted
         make_labels(run)                                # step 2
     planner = run.new_model("soft").planner             # step 3
-    fit(run, "planner", planner, [(planner, config.muon_lr, config.planner_lr)],
-        config.planner_steps)
-    for plan in config.plan_names:                      # steps 4 and 5
+    fit(run, "planner", planner, [(planner, c.muon_lr, c.planner_lr)], c.planner_steps)
+    for plan in c.plan_names:                           # steps 4 and 5
         train_joint(run, plan)
     if run.rank == 0:
         results = evaluate(run, run.corpus("val"), run.store().bytes["val"], "val")
@@ -177,7 +173,7 @@ def fit(run: Run, name: str, model: torch.nn.Module, parts: list, steps: int) ->
     """Trains a model's parts, [(module, Muon's peak rate, AdamW's)], from the checkpoint NAME.pt if
     there is one, and leaves it finished. Raises ValueError where a gradient is not finite."""
     c, device, stage = run.config, run.device, name.split("_")[0]           # joint_soft -> joint
-    optimizers = make_optimizers(parts, c.weight_decay, run)
+    optimizers = make_optimizers(parts, c.weight_decay, device)
     first_step = 0
     if run.has(name):
         saved = run.load(name, model)
@@ -187,8 +183,7 @@ def fit(run: Run, name: str, model: torch.nn.Module, parts: list, steps: int) ->
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
         first_step = saved["step"]                  # nothing else: batches follow from the step
-    # It makes the table of rotary positions a part of the program, and would warn of it.
-    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools")  # rotary_table's
     net = torch.compile(model) if c.compile else model
     if run.world > 1:                               # averages gradients over ranks, in backward()
         net = torch.nn.parallel.DistributedDataParallel(net)
@@ -219,7 +214,8 @@ def fit(run: Run, name: str, model: torch.nn.Module, parts: list, steps: int) ->
         # 3. Clip and step.
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)     # of both parts
         for optimizer in optimizers:
-            optimizer.step()
+            with run.autocast():                        # of Muon's products
+                optimizer.step()
             optimizer.zero_grad()
         # 4. Log, validate, save. Not in every step: to read the loss makes a GPU wait.
         done, last = step + 1, step + 1 == steps
@@ -267,33 +263,24 @@ def learning_rate(step: int, steps: int) -> float:
     return min(1, (step + 1) / warmup) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * fall)))
 
 
-def make_optimizers(parts: list, weight_decay: float, run: Run) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, unless its rate is 0, and AdamW for all else, of
-    [(module, Muon's peak rate, AdamW's)]. Matrices decay, but not label_emb."""
+def make_optimizers(parts: list, weight_decay: float, device: torch.device) -> list:
+    """[Muon, AdamW] for [(module, Muon's peak rate, AdamW's)]: Muon for the matrices of the blocks,
+    unless its rate is 0, and AdamW for all else. Matrices decay, but not label_emb."""
     muon, adamw = [], []
     for module, muon_lr, lr in parts:
-        for name, p in module.to(run.device).named_parameters():
+        for name, p in module.to(device).named_parameters():
             inner = "blocks." in name and p.dim() == 2 and "plan_map" not in name
+            groups, peak_lr = (muon, muon_lr) if inner and muon_lr else (adamw, lr)
             decays = p.dim() == 2 and not name.endswith("label_emb")        # no norms
-            group = {"params": [p], "weight_decay": weight_decay if decays else 0.0}
-            if inner and muon_lr:
-                muon.append(group | {"peak_lr": muon_lr})
-            else:
-                adamw.append(group | {"peak_lr": lr})
-    dtype = torch.bfloat16 if run.autocast()._enabled else torch.float32
-    adamw = torch.optim.AdamW(adamw, betas=(0.9, 0.95), fused=run.device.type != "mps")
-    return [Muon(muon, dtype), adamw] if muon else [adamw]
+            groups.append({"params": [p], "peak_lr": peak_lr,
+                           "weight_decay": weight_decay if decays else 0.0})
+    adamw = torch.optim.AdamW(adamw, betas=(0.9, 0.95), fused=device.type != "mps")
+    return [Muon(muon, {}), adamw] if muon else [adamw]
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose steps are made orthogonal: no direction of a matrix is favoured, whatever the
-    gradient. Source: Jordan et al., "Muon", 2024, kellerjordan.github.io/posts/muon; torch's own
-    multiplies in bfloat16, which is slow on most CPUs: this one in `dtype`."""
-
-    def __init__(self, groups: list[dict], dtype: torch.dtype):
-        super().__init__(groups, {})
-        self.dtype = dtype
-
+    """Momentum whose steps are made orthogonal, so that they favour no direction of a matrix.
+    Source: Jordan et al., "Muon", 2024. torch's own multiplies in bfloat16: slow on most CPUs."""
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:                 # a matrix each, which has a gradient
@@ -301,7 +288,7 @@ class Muon(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
             momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)
-            update = orthogonal(p.grad.lerp(momentum, 0.95).to(self.dtype))     # Nesterov's
+            update = orthogonal(p.grad.lerp(momentum, 0.95))        # Nesterov's
             p.mul_(1 - lr * group["weight_decay"])
             p.add_(update, alpha=-lr * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
@@ -355,7 +342,6 @@ def begin(config: Config) -> Run:
                                 timeout=timedelta(hours=12))    # rank 0 may prepare for long
     if run.rank:
         sys.stdout = open(os.devnull, "w")              # one screen, one voice
-    torch.backends.cuda.matmul.allow_tf32 = True        # what stays in float32 is faster on a GPU
     with rank_0_first(run):                             # it prepares, the others open
         run.out.mkdir(parents=True, exist_ok=True)
         store = run.store()                             # step 1: the corpus, cut into sentences
@@ -386,7 +372,7 @@ def copy_stages(run: Run, source: Path) -> None:
         if changed:                                     # the stages after it begin with its result
             return print(f"start: from stage {stage} on all is trained anew: {', '.join(changed)}")
         names = [f"joint_{plan}" for plan in run.config.plan_names] if stage == "joint" else [stage]
-        for name in [name for name in names if other.has(name)]:
+        for name in filter(other.has, names):
             if (saved_stage := other.load(name))["done"]:
                 run.save(name, saved_stage)
 
@@ -411,7 +397,8 @@ def parse_config(argv=None) -> Config:
                     formatter_class=argparse.RawTextHelpFormatter,
                     argument_default=argparse.SUPPRESS)     # what is not given is not in the result
     for f in fields(Config):
-        kind = {"type": f.type, "metavar": "|".join(f.metadata["choices"]) or f.type.__name__}
+        kind = {"type": f.type, "metavar": f.type.__name__}
+        kind = {"choices": f.metadata["choices"]} if f.metadata["choices"] else kind
         if f.type is bool:
             kind |= {"type": _boolean, "nargs": "?", "const": True}      # --resume is --resume=true
         parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} [{f.default}]", **kind)
@@ -427,7 +414,7 @@ def inherited_options(options: dict) -> dict:
     resume = options.get("resume", False)
     out_dir = options.get("out_dir", Config.out_dir) if resume else options.get("start")
     if not out_dir:                                     # neither --resume nor --start
-        return PRESETS.get(options.get("preset"), {})   # `check` refuses an unknown one
+        return PRESETS.get(options.get("preset"), {})
     names = [f.name for f in fields(Config) if f.name not in ("out_dir", "resume", "start")]
     saved = data.read_json(Path(out_dir) / "config.json", *names)
     stages = STAGE_OPTIONS.values() if resume else []   # a finished stage is not trained again

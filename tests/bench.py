@@ -38,8 +38,7 @@ ON_GPU = DEVICE.type == "cuda"
 VERSIONS = versions()
 QUICK = "--quick" in sys.argv
 docstrings = functools.partial(data.prepare, "docstrings", "bpe", 4096, ROOT / "cache")
-YARDSTICK_STEPS, YARDSTICK_LR = 1800, 2e-3      # of 1e-3, 2e-3 and 4e-3 the best in the end
-LOSS_STEPS = 600            # of stage lm: as few as end at the yardstick's last loss, or below
+YARDSTICK_STEPS, YARDSTICK_LR, LOSS_STEPS = 1800, 2e-3, 600     # the last two: not yet chosen
 CHILD = """import sys, time, data
 begun = time.perf_counter()
 corpus = data.prepare(sys.argv[1], "bpe", 4096, data.Path(sys.argv[2])).split("train")
@@ -131,7 +130,7 @@ def training(name: str, sizes: dict, steps: int):
     if name not in ("yardstick", "lm"):                 # a step takes as long whatever they hold
         corpus.vectors = np.ones((corpus.n_sentences, c.n_embd), np.float16)
         corpus.labels = np.ones(corpus.n_sentences, int)
-    optimizers = train.make_optimizers(parts, c.weight_decay, run)
+    optimizers = train.make_optimizers(parts, c.weight_decay, DEVICE)
     net = torch.compile(model.to(DEVICE)) if c.compile else model.to(DEVICE)
 
     def train_once():
@@ -148,7 +147,8 @@ def training(name: str, sizes: dict, steps: int):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * share
-            optimizer.step()
+            with run.autocast():
+                optimizer.step()
             optimizer.zero_grad()
     return model, train_once
 
