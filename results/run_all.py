@@ -366,6 +366,10 @@ def mean(side: str, split: str = "test", key: str = "ppl") -> str:
     return f"{statistics.mean(figure(side, split, key).values()):.2f}"
 
 
+HEADER = ("| plan | perplexity | against `none` | each seed, % | bits per byte | label nats |\n"
+          "|---|---|---|---|---|---|")
+
+
 def percent(nats: float) -> str:
     """A difference in nats a token as one of perplexity."""
     return f"{100 * math.expm1(nats):+.2f}"
@@ -385,19 +389,22 @@ def markdown(header: str, rows: list) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def plans(name: str) -> str:
-    """A part's plans on test: means over seeds, and each seed's change against its own `none`."""
-    rows = []
-    for plan, figures in load(name)["runs"][0]["test"].items():
-        average = each = label = ""
-        if plan != "none":
-            average, each = change(f"{name} {plan}", f"{name} none").strip(")").split(" (")
-        if figures["planner_ce"] is not None:
-            label = mean(f"{name} {plan}", "test", "planner_ce")
-        bits = statistics.mean(figure(f"{name} {plan}", "test", "bits_per_byte").values())
-        rows.append((f"`{plan}`", mean(f"{name} {plan}"), average, each, f"{bits:.4f}", label))
-    return markdown("| plan | perplexity | against `none` | each seed, % | bits per byte "
-                    "| label nats |", rows)
+def row(what: str, side: str, against: str, split: str) -> str:
+    """A "PART PLAN": means over its seeds, and each seed's change against another's."""
+    average = each = label = ""
+    if side != against:
+        average, each = change(side, against, split).strip(")").split(" (")
+    bits = statistics.mean(figure(side, split, "bits_per_byte").values())
+    if None not in figure(side, split, "planner_ce").values():
+        label = mean(side, split, "planner_ce")
+    return f"| {what} | {mean(side, split)} | {average} | {each} | {bits:.4f} | {label} |"
+
+
+def plans(name: str, split: str = "test") -> str:
+    """A part's plans: means over seeds, and each seed's change against its own `none`."""
+    found = load(name)["runs"][0]["plans" if split == "val" else split]
+    return "\n".join([HEADER, *(row(f"`{plan}`", f"{name} {plan}", f"{name} none", split)
+                                for plan in found)])
 
 
 def comparisons(when: str) -> str:
@@ -423,12 +430,11 @@ def bench(name: str) -> str:
         for row in part["rows"]:
             if "aim" in row:
                 of = [str(row[key]) for key in ("step", "what", "tokens", "K", "by") if key in row]
-                of = row["table"][8:] if kind == "growth" else ", ".join(of)
-                rows[kind, of] = (kind, of, f"{row['reached']:.3g}", row["aim"])
+                rows[kind, ", ".join(of)] = (kind, ", ".join(of), f"{row['reached']:.3g}", row["aim"])
     return markdown("| benchmark | of | reached | aim |", list(rows.values()))
 
 
-TABLES = {make.__name__: make for make in (cells, mean, change, plans, comparisons, bench)}
+TABLES = {make.__name__: make for make in (cells, mean, change, row, plans, comparisons, bench)}
 
 
 # --- command line ---------------------------------------------------------------------------------
