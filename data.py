@@ -141,19 +141,19 @@ def window_batch(corpus: Corpus, starts: np.ndarray, width: int, reach: int = 0,
     # Position t predicts token t+1, so it gets the plan of the sentence that holds token t+1.
     sentence = np.searchsorted(corpus.sentences, at[:, 1:], side="right") - 1           # (B, T)
     touched, last = sentence[:, :1], sentence[:, -1:]                       # (B, 1)
-    document = np.searchsorted(corpus.documents, touched, side="right") - 1
+    own = np.searchsorted(corpus.documents, touched, side="right") - 1      # (B, 1) document
     context = reach if view == "document" else 0
-    earliest = np.maximum(corpus.documents[document], touched - context)    # (B, 1)
+    earliest = np.maximum(corpus.documents[own], touched - context)         # (B, 1) in view
     # Few different shapes: each new one costs memory, and time where the model is compiled.
     S = 8 * -(-np.max(last - touched + 1) // 8)
     P = 8 * -(-max(S, np.max(last - earliest + 1)) // 8)
-    index = last + np.arange(1 - P, 1)                                      # (B, P) in each slot
+    index = last + np.arange(1 - P, 1)      # (B, P) the sentence in each slot, the last one last
     in_view = index >= earliest
     finished = in_view & (index < corpus.n_sentences)       # an unfinished one has no vector
     known = np.where(finished, index, 0)                    # any valid index: it is masked below
     document = np.searchsorted(corpus.documents, index, side="right")       # (B, P)
     first = ~in_view | (index == earliest) | (np.diff(document, axis=1, prepend=-1) > 0)
-    if view == "window":                    # the sentence before began before the window
+    if view == "window":                    # the one before holds tokens that the GPT can't see
         first |= corpus.sentences[np.maximum(index - 1, 0)] < starts[:, None]
     labels = np.where(finished, corpus.labels[known], -1)                   # (B, P)
     before = np.where(first, -1, np.roll(labels, 1, axis=1))

@@ -147,7 +147,7 @@ def init_weights(module: nn.Module, n_layer: int, seed: int) -> None:
     stream. Plan maps are 0, so that all plans begin with the same loss."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():
-        if "plan_map" in name:          # label_emb and planner move once the maps have
+        if "plan_map" in name:          # while these are 0, label_emb and planner have no gradient
             nn.init.zeros_(p)
         elif p.dim() >= 2:
             residual = name.endswith(("proj.weight", "down.weight"))

@@ -157,7 +157,7 @@ def make_labels(run: Run) -> None:
 def train_joint(run: Run, plan: str) -> None:
     """Steps 4 and 5: the GPT under a plan, and end to end the planner, on the next-token loss."""
     c, model = run.config, run.new_model(plan)
-    model.load_state_dict(run.load("lm")["model"], strict=False)    # the GPT, but for plan maps: 0
+    model.load_state_dict(run.load("lm")["model"], strict=False)    # plan maps stay 0
     if plan != "none":
         model.gpt.label_emb.data = run.labeler.centroids.cpu().clone()      # (K, C): here E = C
     if model.planner is not None:                       # it predicts labels already
@@ -198,7 +198,7 @@ def fit(run: Run, name: str, model: torch.nn.Module, parts: list, steps: int) ->
         loss = torch.zeros((), device=device)
         for micro in range(run.grad_accum):
             net.require_backward_grad_sync = micro == run.grad_accum - 1    # ranks talk once a step
-            batch = make_batch(run, stage, step, micro).to(device)          # tokens (B, T)
+            batch = make_batch(run, stage, step, micro).to(device)
             noise = torch.Generator(device).manual_seed(hash((c.seed, step, micro, run.rank)))
             with run.autocast():
                 if stage == "planner":                                      # nats a label
@@ -235,7 +235,7 @@ def fit(run: Run, name: str, model: torch.nn.Module, parts: list, steps: int) ->
             if saving:                              # on rank 0 alone: the others wait
                 run.log(stage=name, step=done, **validate(run, model))
                 run.save(name, {"step": done, "done": last, "model": model.state_dict(),
-                                "optimizers": [x.state_dict() for x in optimizers if not last]})
+                                "optimizers": [] if last else [x.state_dict() for x in optimizers]})
         tokens, since = 0, time.perf_counter()      # the speed is that of training alone
     if run.world > 1:
         dist.barrier()                              # the last checkpoint is there for all
