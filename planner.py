@@ -27,8 +27,8 @@ class Planner(nn.Module):
         init_weights(self, n_layer, seed)
 
     def forward(self, vectors: torch.Tensor, first: torch.Tensor, n_last: int = 0) -> torch.Tensor:
-        """vectors (B, P, E) of length 1, first (B, P) bool -> label logits (B, P, K), or of the last
-        n_last slots alone. Slot j reads the vectors of slots i < j, back to the last slot <= j
+        """vectors (B, P, E) of length 1, first (B, P) bool -> label logits (B, P, K), or of the
+        last n_last slots alone. Slot j reads the vectors of slots i < j, back to the last slot <= j
         that is marked `first`: there the view starts anew (a document, or what may be seen)."""
         x = self.inp(vectors * vectors.shape[-1] ** 0.5)    # entries of size about one
         x = F.pad(x, (0, 0, 1, -1))                     # slot j reads the vector of sentence j - 1

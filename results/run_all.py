@@ -327,7 +327,8 @@ def write_readme() -> str:
         try:
             return TABLES[marker[1]](*marker[2].split(", "))
         except FileNotFoundError:
-            return "not yet run"
+            what = f"| {marker[2].split(', ')[0]} |"
+            return f"{what} not yet run |  |  |  |  |" if marker[1] == "row" else "not yet run"
     return re.sub(r"\{\{(\w+): (.+?)\}\}", fill, (RESULTS / "template.md").read_text("utf-8"))
 
 
