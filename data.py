@@ -329,7 +329,7 @@ def prepare(name: str, tokenizer: str, vocab_size: int, cache_dir: Path) -> Stor
         working.mkdir(parents=True, exist_ok=True)      # one killed left files: all are made anew
         if tokenizer == "gpt2":
             encoding = tiktoken.get_encoding("gpt2")
-        else:                               # one pass over the corpus; a second tokenizes it
+        else:                               # from 20,000 documents; a second pass tokenizes all
             training = (text for split, text in documents(name, cache_dir) if split == "train")
             encoding = bpe_tokenizer(train_bpe(itertools.islice(training, 20_000), vocab_size))
         save_tokenizer(working / "tokenizer.json", encoding)

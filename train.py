@@ -164,7 +164,7 @@ def train_joint(run: Run, plan: str) -> None:
         run.load("planner", model.planner)
     parts = [(model.gpt, c.muon_lr, c.joint_lr)]
     if plan in END_TO_END:                              # elsewhere the planner keeps its weights
-        parts.append((model.planner, 0.0, c.joint_planner_lr))     # Muon would ruin it
+        parts.append((model.planner, 0.0, c.joint_planner_lr))     # all by AdamW
     fit(run, f"joint_{plan}", model, parts, c.joint_steps)
 
 
