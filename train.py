@@ -69,9 +69,9 @@ class Config:
     planner_steps: int = opt(300, "steps of stage planner", 1)
     joint_steps: int = opt(600, "steps of stage joint, for each plan", 1)
     muon_lr: float = opt(0.02, "peak learning rate of the blocks' matrices (Muon); 0: AdamW", 0)
-    lm_lr: float = opt(1e-2, "peak learning rate of stage lm, of the rest (AdamW)", 0)
+    lm_lr: float = opt(1e-2, "peak learning rate of stage lm, of the rest (AdamW)", 1e-9)
     planner_lr: float = opt(1e-3, "peak learning rate of stage planner", 0)
-    joint_lr: float = opt(2e-3, "peak learning rate of the GPT in stage joint", 0)
+    joint_lr: float = opt(4e-3, "peak learning rate of stage joint; Muon's falls in proportion", 0)
     joint_planner_lr: float = opt(2e-4, "peak learning rate of the planner in stage joint", 0)
     unfreeze_step: int = opt(0, "step of stage joint from which the planner is trained", 0)
     gumbel_tau: float = opt(1.0, "temperature of the plan gumbel", 1e-3)
@@ -162,7 +162,7 @@ def train_joint(run: Run, plan: str) -> None:
         model.gpt.label_emb.data = run.labeler.centroids.cpu().clone()      # (K, C): here E = C
     if model.planner is not None:                       # it predicts labels already
         run.load("planner", model.planner)
-    parts = [(model.gpt, c.muon_lr, c.joint_lr)]
+    parts = [(model.gpt, c.muon_lr * c.joint_lr / c.lm_lr, c.joint_lr)]     # both fall alike
     if plan in END_TO_END:                              # elsewhere the planner keeps its weights
         parts.append((model.planner, 0.0, c.joint_planner_lr))     # all by AdamW
     fit(run, f"joint_{plan}", model, parts, c.joint_steps)
