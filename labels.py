@@ -62,7 +62,6 @@ def kmeans(x, k: int, seed: int = 0, iters: int = 50, tol: float = 1e-4,
            device: str | torch.device = "cpu", start: torch.Tensor | None = None,
            history: list | None = None):
     """Lloyd's algorithm on x (N, E), an array or tensor -> centroids (K, E), labels (N,), inertia.
-
     Starts from k-means++ or from `start` (K, E). Stops when an iteration lowers the inertia (the
     sum of squared distances) by less than `tol` of it; `history` receives each. An empty cluster
     takes the point farthest from its centroid. Raises ValueError for N < K."""
@@ -148,25 +147,26 @@ def label_bigram(corpus: Corpus, k: int) -> torch.Tensor:
 
 
 def describe(labeler: Labeler, corpus: Corpus, tokenizer: tiktoken.Encoding) -> list[dict]:
-    """For each label {"size", "words", "sentences"}: how many sentences have it, its most
-    characteristic words and its most typical sentences, both among the first 60,000 sentences."""
-    k, labels = len(labeler.centroids), corpus.labels[:60_000]
-    away = corpus.vectors[:60_000].astype(np.float32) - labeler.centroids.cpu().numpy()[labels]
-    # how many sentences hold a word, anywhere and under each label
-    everywhere, within = Counter(), [Counter() for _ in range(k)]
-    sentences = [[] for _ in range(k)]
-    for j in np.square(away).sum(1).argsort():          # the most typical first
+    """For each label {"size", "words", "sentences"}: how many sentences have it, its six most
+    characteristic words, its two most typical sentences; from 60,000 sentences, evenly spread."""
+    centroids, labels = labeler.centroids.cpu().numpy(), corpus.labels
+    sample = np.arange(0, len(labels), 1 + len(labels) // 60_000)           # (n,)
+    away = corpus.vectors[sample] - centroids[labels[sample]]               # (n, E)
+    order = sample[np.square(away).sum(1).argsort()]        # the nearest to its centroid first
+    # a word counts once a document (a thousand sentences of it): else one file's identifiers win
+    places = np.searchsorted(corpus.documents, order, side="right") + order // 1000     # (n,)
+    holders, typical = [set() for _ in centroids], [{} for _ in centroids]
+    for j, label, place in zip(order, labels[order], places.tolist()):
         tokens = corpus.tokens[corpus.sentences[j]:corpus.sentences[j + 1]]
-        text = tokenizer.decode(tokens[tokens != tokenizer.eot_token].tolist())
-        words = set(re.findall(r"[^\W\d_]{3,}", text.lower()))
-        everywhere.update(words)
-        within[labels[j]].update(words)
-        text = " ".join(text.split())
-        if text and len(sentences[labels[j]]) < 3 and text not in sentences[labels[j]]:
-            sentences[labels[j]].append(text)
+        text = " ".join(tokenizer.decode(tokens[tokens != tokenizer.eot_token].tolist()).split())
+        words = set(re.findall(r"\b[^\W\d_][^\W\d_A-Z]{2,}\b", text))         # not fooBar, foo_bar
+        holders[label].update((word.lower(), place) for word in words)
+        typical[label].setdefault((len(words) < 2, place), text)    # one a place; fragments last
+    everywhere = Counter(word for held in holders for word, _ in held)
     descriptions = []
-    for label, size in enumerate(np.bincount(corpus.labels, minlength=k).tolist()):
-        score = {w: n / (everywhere[w] + 10) * math.log1p(n) for w, n in within[label].items()}
-        words = sorted(score, key=lambda word: (-score[word], word))[:6]    # frequent here alone
-        descriptions.append({"size": size, "words": words, "sentences": sentences[label]})
+    for size, held, found in zip(np.bincount(labels, minlength=len(centroids)), holders, typical):
+        here = Counter(word for word, _ in held)            # many documents here, few elsewhere
+        words = sorted(here, key=lambda w: (-here[w] ** 1.5 / (everywhere[w] + 50), w))[:6]
+        texts = dict.fromkeys(found[at] for at in sorted(found, key=lambda at: at[0]) if found[at])
+        descriptions.append({"size": int(size), "words": words, "sentences": list(texts)[:2]})
     return descriptions

@@ -151,11 +151,13 @@ def test_the_bigram_is_the_one_that_is_counted_one_by_one(seed, order):
 def test_descriptions_name_the_topics_of_a_made_corpus():
     topics = [["tide", "reef", "gull", "salt"], ["loaf", "yeast", "oven", "flour"]]
     rng = np.random.default_rng(0)
-    texts = ["this one is about tide and zebras. "]                  # not typical
-    texts += [" ".join(["the", *rng.permutation(topics[j]), "and the. "])
-              for j in rng.integers(2, size=60)]
-    corpus = data.Corpus.from_texts(["".join(texts)], TOKENIZER)
-    corpus.labels = np.array(["oven" in text for text in [data.EOT, *texts, data.EOT]]).astype(int)
+    texts = [" ".join(["the", *rng.permutation(topics[j]), f"and the fooBar {i // 10}. "])
+             for i, j in enumerate(rng.integers(2, size=100))]
+    texts[:40] = [text.replace("gull", "gull zebra") for text in texts[:40]]     # of one document
+    documents = [texts[:40], *(texts[i:i + 10] for i in range(40, 100, 10))]
+    corpus = data.Corpus.from_texts(["".join(document) for document in documents], TOKENIZER)
+    texts = [data.EOT, *(text for document in documents for text in [*document, data.EOT])]
+    corpus.labels = np.array(["oven" in text for text in texts]).astype(int)
     labeler = fit(corpus, 3)
     corpus.vectors = labeler.embed(corpus)
     means = [corpus.vectors[corpus.labels == j].mean(0) for j in (0, 1, 1)]
@@ -164,6 +166,7 @@ def test_descriptions_name_the_topics_of_a_made_corpus():
     assert [d["size"] for d in found] == [*np.bincount(corpus.labels), 0]
     for j in (0, 1):
         assert set(found[j]["words"][:4]) == set(topics[j])          # and not "the", "and"
-        assert len(set(found[j]["sentences"])) == 3
-        assert set(found[j]["sentences"]) <= {t.strip() for t in texts[1:] if ("oven" in t) == j}
+        assert not {"zebra", "foobar"} & set(found[j]["words"])
+        assert set(found[j]["sentences"]) < {t.strip() for t in texts if ("oven" in t) == j}
+        assert len({text.split()[-1] for text in found[j]["sentences"]}) == 2       # documents
     assert found[2] == {"size": 0, "words": [], "sentences": []}
