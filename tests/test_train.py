@@ -140,7 +140,7 @@ def assert_same_run(out, expected, plans="none,gumbel,soft"):
 @pytest.mark.parametrize("argument, message", [
     ("--lm_step=5", "unknown option --lm_step=5: --help lists all"),
     ("--lm_steps=many", "argument --lm_steps: invalid int value: 'many'"),
-    ("--lm_lr=nan", "lm_lr=nan: must be finite and at least 0"),
+    ("--planner_lr=nan", "planner_lr=nan: must be finite and at least 0"),
     ("--n_head=16", "n_embd=16 must be a multiple of"),
     ("--plans=soft,sof", "plans=soft,sof: choose of none,fixed"),
     ("--preset=huge", "argument --preset: invalid choice: 'huge' (choose from"),
