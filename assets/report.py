@@ -18,14 +18,11 @@ from model import NO_PLANNER
 
 
 def write_report(run: Run, split: str) -> None:
-    """Fills the page's marker. Raises OSError or ValueError where it can't be written."""
-    path = run.out / "report.html"
-    if path.is_dir():                                   # before the work, not after it
-        raise ValueError(f"{path} is a folder: move it away")
+    """Fills the page's marker. Raises OSError where it can't be written."""
     text = json.dumps(report_data(run, split), ensure_ascii=False, allow_nan=False)
     text = text.replace("<", "\\u003c")     # so no text can end the element that holds it
     page = (ROOT / "assets" / "report.html").read_text("utf-8")
-    with data.replacing(path) as working:
+    with data.replacing(run.out / "report.html") as working:
         working.write_text(page.replace("__REPORT_DATA__", text), "utf-8")
 
 
@@ -66,9 +63,9 @@ def scored(run: Run, corpus: data.Corpus, plans) -> dict:
 
 
 def example_documents(corpus: data.Corpus, tokenizer) -> data.Corpus:
-    """The first documents of 3 to 40 sentences (of any length where there are none)."""
+    """The first documents of 10 to 40 sentences (of any length where there are none)."""
     sizes = np.diff(corpus.documents)                   # the first is the opening <|endoftext|>
-    fit = np.flatnonzero((sizes >= 3) & (sizes <= 40))
+    fit = np.flatnonzero((sizes >= 10) & (sizes <= 40))
     chosen = fit if len(fit) else np.arange(1, len(sizes))
     cuts = corpus.sentences[corpus.documents]
     parts = [corpus.tokens[:1], *(corpus.tokens[cuts[d]:cuts[d + 1]] for d in chosen[:12])]
@@ -96,7 +93,8 @@ def label_map(run: Run) -> dict:
     place = np.pad(left * singular, ((0, 0), (0, 1)))[:, :2].round(4)       # (K, 2)
     bigram = run.saved_labels["bigram"][:-2].exp()                          # (K, K)
     shares, follow = bigram.topk(min(3, len(bigram)))
-    labels = [description | {"place": place[i].tolist(),
+    near = torch.cdist(run.labeler.centroids, run.labeler.centroids).argsort()[:, 1:6]      # (K, 5)
+    labels = [description | {"place": place[i].tolist(), "near": near[i].tolist(),
                              "next": list(zip(follow[i].tolist(), shares[i].tolist()))}
               for i, description in enumerate(run.saved_labels["descriptions"])]
     kept = np.square(singular[:2]).sum() / max(np.square(singular).sum(), 1e-12)
