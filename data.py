@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 EOT = "<|endoftext|>"
 SPLITS = ("train", "val", "test")
-MIN_BYTES = 24                          # a sentence has at least so many bytes
+MIN_BYTES = 24                          # at least, but for a document's last sentence
 SOFT_BYTES = 240                        # from here on, any space ends it
-HARD_BYTES = 320                        # here it ends
+HARD_BYTES = 320                        # here it ends, behind a whole character
 # Each alternative ends at the byte that it consumes and looks only backwards, so the leftmost match
 # is also the first boundary, whatever follows. In order: a space after a stop; the same with a
 # closing quote or bracket between; the end of a line shorter than 60 bytes (a heading, list item,

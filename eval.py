@@ -105,7 +105,7 @@ def table(results: dict) -> str:
 
 
 def score_file(run: "Run", plan: str, path: Path) -> None:
-    """Prints a JSON line for each token: its bytes, its nll, its sentence, the likeliest label."""
+    """Prints a JSON line for each token: its bytes, its nll, its sentence, the planned label."""
     corpus, _ = run.read_file(path)
     scores = run.score(run.model(plan), corpus)
     likeliest = [None] * len(corpus.sentences)

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # The README's table says what each plan is for. A new one is a name here and a branch in
-# mix_labels; it belongs to END_TO_END, too, if the LM loss shall train the planner through it.
+# mix_labels. In END_TO_END the LM loss trains the planner, and those in NO_PLANNER have none.
 PLANS = ("none", "fixed", "previous", "hard", "straight_through", "gumbel", "soft_frozen", "soft",
          "oracle")
 END_TO_END = ("straight_through", "gumbel", "soft")

@@ -10,6 +10,7 @@ and can be interrupted at any time: the same command continues. results/NAME.jso
 seed, the run's results.json (validation: "plans"), the same on the test split ("test"), and how it
 was made. results/NAME.npz holds the sums of nats over each test document.
 """
+import ast
 import json
 import math
 import operator
@@ -180,8 +181,22 @@ def shared(source: Path) -> str:
 
 
 def same_code(commit: str) -> bool:
-    """Whether the six files, and the packages, are those of another commit."""
-    return not git("diff", "--name-only", commit, "HEAD", "--", ":(glob)*.py", "requirements.txt")
+    """Whether another commit had the same packages and, but for words, the same six files."""
+    files = [*ROOT.glob("*.py"), ROOT / "requirements.txt"]
+    return all(code(git("show", f"{commit}:{file.name}")) == code(file.read_text("utf-8"))
+               for file in files)
+
+
+def code(text: str) -> str:
+    """A Python file without its comments and docstrings; any other as it is."""
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:
+        return text.strip()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            node.body = node.body[bool(ast.get_docstring(node)):]
+    return ast.dump(tree)
 
 
 def git(*arguments: str) -> str:
