@@ -8,7 +8,7 @@
 A part is a few runs of train.py that differ in the seed alone. They lie in cache/results/NAME-SEED,
 and can be interrupted at any time: the same command continues. results/NAME.json holds, for each
 seed, the run's results.json (validation: "plans"), the same on the test split ("test"), and how it
-was made. results/NAME.npz holds the sums of nats over each test document.
+was made. results/NAME.npz holds the sums of nats of the test tokens, by document and stratum.
 """
 import ast
 import json
@@ -50,51 +50,85 @@ class Part:
     traps: str = ""             # left open: "document_end", "no_overlap"
 
 
-FIVE = (0, 1, 2, 3, 4)
+FIVE, THREE = (1, 2, 3, 4, 5), (1, 2, 3)                # seed 0 chose the defaults
 RATED = "none,hard,straight_through,soft"
+FROZEN_AND_SOFT = "none,previous,hard,soft_frozen,soft"
 WIDE = "--block_size=256 --batch_size=8"                # as many tokens a step as by default
 PARTS = {
-    "default": Part("the default run, on seeds that chose nothing", "", "none,hard,soft", (1, 2, 3),
+    "default": Part("the default run, on seeds that chose nothing", "", "none,hard,soft", THREE,
                     split="val"),
     "default_seconds": Part("`none` for as many seconds as `soft`", "--joint_steps=693", "none",
-                            (1, 2, 3), start="default", split="val"),
+                            THREE, start="default", split="val"),
     "default_view": Part("the planner sees what the GPT sees, in its own stage, too",
-                         "--planner_view=window", "soft", (1, 2, 3), start="default", split="val"),
+                         "--planner_view=window", "soft", THREE, start="default", split="val"),
     "default_256": Part("a window of 256", WIDE, "none,soft", (1,), split="val"),
-    "rates": Part("learning rates of stage joint: the default's", "", RATED, split="val"),
-    "rates_low": Part("half of them", "--joint_lr=1e-3 --joint_planner_lr=2.5e-4", RATED,
+    "rates": Part("learning rates of stage joint: the default's", "", RATED, (0, 6, 7),
+                  split="val"),
+    "rates_low": Part("half of them", "--joint_lr=2e-3 --joint_planner_lr=1e-4", RATED, (0, 6, 7),
                       start="rates", split="val"),
-    "rates_high": Part("twice as high", "--joint_lr=4e-3 --joint_planner_lr=1e-3", RATED,
-                       start="rates", split="val"),
-    "claims": Part("the nine plans of the default run", "", "all", FIVE, start="rates",
+    "rates_high": Part("twice as high", "--joint_lr=8e-3 --joint_planner_lr=4e-4", RATED,
+                       (0, 6, 7), start="rates", split="val"),
+    "claims": Part("the nine plans of the default run", "", "all", FIVE, start="default",
                    traps="no_overlap"),
-    "planner_view": Part("the planner sees only what the GPT sees", "--planner_view=window", "all",
-                         FIVE, start="claims"),
-    "traps_end": Part("<|endoftext|> counts to the next document", "", "none,hard,soft",
+    "seconds": Part("`none` for as many seconds as `soft`", "--joint_steps=693", "none", FIVE,
+                    start="claims"),
+    "seconds_all": Part("and for those of the stages labels and planner", "--joint_steps=900",
+                        "none", FIVE, start="claims"),
+    "parameters": Part("`none` with as many parameters as `soft`", "--n_layer=7", "none", FIVE),
+    "memory": Part("the planner sees what the GPT sees, from its own stage on",
+                   "--planner_view=window", "previous,hard,soft_frozen,soft", FIVE, start="claims"),
+    "traps_end": Part("<|endoftext|> counts to the next document", "", "none,hard,soft", THREE,
                       traps="document_end no_overlap"),
-    "window": Part("a window of 256", WIDE, "none,previous,hard,soft_frozen,soft", FIVE),
+    "window_128": Part("a window of 128", "--block_size=128 --batch_size=16", "none,hard,soft",
+                       THREE),
+    "window_256": Part("a window of 256", WIDE, "none,hard,soft", THREE),
     # every fourth of the articles that results/README.md names, as JSON lines
     "wikipedia": Part("another corpus", "--data=cache/wikipedia.jsonl",
-                      "none,previous,hard,soft_frozen,soft,oracle"),
+                      f"{FROZEN_AND_SOFT},oracle", THREE),
+    "wikipedia_256": Part("another corpus in a window of 256",
+                          f"--data=cache/wikipedia.jsonl {WIDE}", FROZEN_AND_SOFT, THREE),
 }
 
-# (what is claimed, the lower one, the higher one): written down before anyone looks at a test score
-# of this version. A later change of the list is told in results/README.md, with its reason.
+# (what is claimed, the lower one, the higher one), each a part, a plan and, if not on all tokens, a
+# stratum: written down before anyone looks at a test score of this version. A later change of the
+# list is told in results/README.md, with its reason.
 COMPARISONS = (
     ("1. a plan helps", "claims hard", "claims none"),
     ("2. the whole distribution helps", "claims soft_frozen", "claims hard"),
     ("3. training end to end helps", "claims soft", "claims soft_frozen"),
     ("4. the straight-through gradient helps", "claims straight_through", "claims hard"),
     ("4. the mixture is better than it", "claims soft", "claims straight_through"),
+    ("4. and than a relaxed sample", "claims soft", "claims gumbel"),
     ("5. the method against the earlier one", "claims soft", "claims hard"),
     ("5. the method against no plan", "claims soft", "claims none"),
+    ("5. on sentences that the training text has not", "claims soft new", "claims none new"),
+    ("6. it is not only the longer view", "memory soft", "claims none"),
     ("6. it predicts, and does not only remember", "claims soft", "claims previous"),
-    ("6. the same, where the planner sees only the window", "planner_view soft",
-     "planner_view previous"),
-    ("6. it is not the longer view", "planner_view soft", "planner_view none"),
-    ("6. nor that the window is short", "window soft", "window none"),
-    ("7. another corpus", "wikipedia soft", "wikipedia none"),
+    ("6. the same, where the planner sees only the window", "memory soft", "memory previous"),
+    ("7. better than plain training for as many seconds", "claims soft", "seconds none"),
+    ("7. and for those of labels and planner", "claims soft", "seconds_all none"),
+    ("7. better than as many parameters", "claims soft", "parameters none"),
+    ("8. in a window of 128", "window_128 soft", "window_128 none"),
+    ("8. in a window of 256", "window_256 soft", "window_256 none"),
+    ("9. on another corpus", "wikipedia soft", "wikipedia none"),
 )
+
+
+PLACES = (1, 2, 3, 5, 9, 17)            # in a sentence, from 1: the first of each group of tokens
+# name -> what its tokens are, and where they stand in a table of strata()
+STRATA = {
+    "": ("all", np.s_[:]),
+    "inside": ("their document began in the window", np.s_[:, :, 0]),
+    "older": ("it began before the window", np.s_[:, :, 1]),
+    "new": ("of sentences that the training text does not have", np.s_[..., 0]),
+    "copied": ("of sentences that stand there word for word", np.s_[..., 1]),
+    "1": ("first of their sentence", np.s_[:, 0]),
+    "2": ("second", np.s_[:, 1]),
+    "3": ("3rd and 4th", np.s_[:, 2]),
+    "5": ("5th to 8th", np.s_[:, 3]),
+    "9": ("9th to 16th", np.s_[:, 4]),
+    "17": ("later ones", np.s_[:, 5]),
+}
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -212,29 +246,59 @@ def machine() -> str:
 
 
 def score_test(name: str, seed: int) -> dict:
-    """Scores the test split as eval.py does, and keeps the sums over documents."""
+    """Scores the test split as eval.py does, and keeps the sums of each stratum."""
     run, sums = evaluation.Run.open(folder(name, seed)), {}
     corpus, score = run.corpus("test"), run.score
 
     def score_and_keep(model, corpus, **options):
         scores = score(model, corpus, **options)
-        sums[f"{seed} {model.plan}"] = by_document(scores.nll, corpus)
+        sums[f"{seed} {model.plan}"] = np.bincount(stratum, scores.nll, cells)
         return scores
 
+    stratum, shape = strata(run, corpus)
+    cells = math.prod(shape)
     run.score = score_and_keep
     results = evaluation.evaluate(run, corpus, run.store().bytes["test"], "test")
-    sums[f"{seed} tokens"] = by_document(np.ones(len(corpus.tokens) - 1), corpus)
+    sums[f"{seed} tokens"] = np.bincount(stratum, minlength=cells)
+    sums = {key: values.reshape(shape).astype(np.float32) for key, values in sums.items()}
     path = RESULTS / f"{name}.npz"
     np.savez_compressed(path, **((dict(np.load(path)) if path.exists() else {}) | sums))
     plans = run.finished_plans() if "no_overlap" in PARTS[name].traps else []
-    return {"test": results["plans"], "no_overlap": {plan: no_overlap(run, plan) for plan in plans}}
+    return {"test": results["plans"], "no_overlap": {plan: no_overlap(run, plan) for plan in plans},
+            "stream": {plan: stream(run, plan) for plan in results["plans"]}}
 
 
-def by_document(values: np.ndarray, corpus: data.Corpus) -> np.ndarray:
-    """Sums over each document of a value for each token but the first."""
-    starts = corpus.sentences[corpus.documents]
-    document = np.searchsorted(starts, np.arange(1, len(corpus.tokens)), side="right")
-    return np.bincount(document - document[0], values).astype(np.float32)
+def stream(run, plan: str) -> float:
+    """Nats a token over the last third of stage joint, in windows not met before in it."""
+    lines = map(json.loads, (run.out / "metrics.jsonl").read_text("utf-8").splitlines())
+    losses = {line["step"]: line["loss"] for line in lines
+              if line["stage"] == f"joint_{plan}" and "loss" in line}      # of a step, the last
+    return statistics.mean(loss for step, loss in losses.items()
+                           if step > run.config.joint_steps * 2 / 3)
+
+
+def strata(run, corpus) -> tuple[np.ndarray, tuple]:
+    """The stratum of each token but the first, as an index into a table of the returned shape:
+    document, place in the sentence, whether the document began before the window in which the token
+    is scored, and whether the sentence stands in the training text, too."""
+    target = np.arange(1, len(corpus.tokens))
+    sentence = np.searchsorted(corpus.sentences, target, side="right") - 1
+    document = np.searchsorted(corpus.documents, sentence, side="right") - 1
+    document -= document[0]
+    place = np.searchsorted(PLACES, 1 + target - corpus.sentences[sentence], side="right") - 1
+    T = run.config.block_size
+    window = T // 2 * np.maximum(0, -(-(target - T) // (T // 2)))       # where it starts: see score
+    older = corpus.sentences[corpus.documents[document]] < window
+    known = {text.tobytes() for text in texts_of(run.corpus("train"))}
+    copied = np.array([text.tobytes() in known for text in texts_of(corpus)])[sentence]
+    shape = document.max() + 1, len(PLACES), 2, 2
+    index = document, place, older.astype(int), copied.astype(int)
+    return np.ravel_multi_index(index, shape), shape
+
+
+def texts_of(corpus) -> list[np.ndarray]:
+    """The tokens of each sentence."""
+    return np.split(corpus.tokens, corpus.sentences[1:])
 
 
 # --- traps, which stay out of the six files -------------------------------------------------------
@@ -272,10 +336,10 @@ def make_comparisons() -> None:
     """Writes results/comparisons.json: those of COMPARISONS whose parts are run."""
     rows = []
     for claim, lower, higher in COMPARISONS:
-        runs = [{run["seed"]: run for run in finished(side.split()[0])} for side in (lower, higher)]
-        seeds = sorted(runs[0].keys() & runs[1].keys())
+        runs = [{run["seed"] for run in finished(side.split()[0])} for side in (lower, higher)]
+        seeds = sorted(runs[0] & runs[1])
         if len(seeds) > 1:                              # else there is no spread over seeds
-            rows.append(compare(lower, higher, runs, seeds) | {"claim": claim, "later": False})
+            rows.append(compare(lower, higher, seeds) | {"claim": claim, "later": False})
     if not rows:
         sys.exit("run_all.py: run the parts of COMPARISONS first")
     # one that is not yet run counts as p = 1, so that the list stays as long as it was written
@@ -286,20 +350,24 @@ def make_comparisons() -> None:
         "command": "python results/run_all.py comparisons", "rows": rows})
 
 
-def compare(lower: str, higher: str, runs: list[dict], seeds: list[int]) -> dict:
-    """Two plans, "PART PLAN" each, in nats a test token: over seeds, and over documents."""
-    differences, sums = [], []
-    plans = [side.split()[1] for side in (lower, higher)]
-    files = [np.load(RESULTS / f"{side.split()[0]}.npz") for side in (lower, higher)]
-    for seed in seeds:
-        nll = [run[seed]["test"][plan]["nll"] for run, plan in zip(runs, plans)]
-        differences.append(nll[0] - nll[1])
-        nats = [file[f"{seed} {plan}"].astype(float) for file, plan in zip(files, plans)]
-        sums.append(nats[0] - nats[1])
+def nats(side: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A "PART PLAN STRATUM", the last being left out where it is all tokens -> its sums of nats
+    over each test document, and the numbers of its tokens."""
+    part, plan, stratum = f"{side} ".split(" ")[:3]
+    file = np.load(RESULTS / f"{part}.npz")
+    tables = [file[f"{seed} {key}"].astype(float)[STRATA[stratum][1]] for key in (plan, "tokens")]
+    return tuple(table.reshape(len(table), -1).sum(1) for table in tables)
+
+
+def compare(lower: str, higher: str, seeds: list[int]) -> dict:
+    """Two "PART PLAN STRATUM" in nats a test token: over seeds, and over documents."""
+    pairs = [[nats(side, seed) for side in (lower, higher)] for seed in seeds]
+    tokens = pairs[0][0][1]                             # (documents,) the same for all
+    differences = [(a - b).sum() / tokens.sum() for (a, _), (b, _) in pairs]
     mean, half, p = t_test(differences)
     return {"lower": lower, "higher": higher, "seeds": seeds, "nats": mean,
             "interval": [mean - half, mean + half], "p": p,
-            "documents": bootstrap(np.mean(sums, 0), files[0][f"{seeds[0]} tokens"])}
+            "documents": bootstrap(np.mean([a - b for (a, _), (b, _) in pairs], 0), tokens)}
 
 
 def t_test(differences: list[float]) -> tuple[float, float, float]:
@@ -423,6 +491,22 @@ def plans(name: str, split: str = "test") -> str:
                                 for plan in found)])
 
 
+def where(part: str, names: str, *strata_names: str) -> str:
+    """Where the gain falls: some plans against the part's `none`, by stratum, means over seeds."""
+    seeds, rows = [run["seed"] for run in load(part)["runs"]], []
+    for name in strata_names:
+        what, sums = STRATA[name][0], {}
+        for plan in ["none", *names.split()]:
+            pairs = [nats(f"{part} {plan} {name}".strip(), seed) for seed in seeds]
+            sums[plan] = [total.sum() / tokens.sum() for total, tokens in pairs]
+        share = pairs[0][1].sum() / nats(f"{part} none", seeds[0])[1].sum()
+        changes = [percent(statistics.mean(sums[plan]) - statistics.mean(sums["none"]))
+                   for plan in names.split()]
+        rows.append((what, f"{share:.1%}", *changes))
+    plans = " | ".join(f"`{plan}`, %" for plan in names.split())
+    return markdown(f"| tokens | share | {plans} |", rows)
+
+
 def comparisons(when: str) -> str:
     """Those written down beforehand ("planned"), or "later"."""
     rows = []
@@ -450,7 +534,8 @@ def bench(name: str) -> str:
     return markdown("| benchmark | of | reached | aim |", list(rows.values()))
 
 
-TABLES = {make.__name__: make for make in (cells, mean, change, row, plans, comparisons, bench)}
+TABLES = {make.__name__: make for make in (cells, mean, change, row, plans, where, comparisons,
+                                        bench)}
 
 
 # --- command line ---------------------------------------------------------------------------------

@@ -63,8 +63,9 @@ def test_a_part_has_options_of_train_and_a_start_that_is_run_before_it(name, tmp
 
 
 def test_comparisons_are_of_plans_that_are_run_and_scored_on_test():
-    for part, plan in (side.split() for _, *sides in run_all.COMPARISONS for side in sides):
+    for part, plan, *of in (side.split() for _, *sides in run_all.COMPARISONS for side in sides):
         assert plan in train.Config(plans=run_all.PARTS[part].plans).plan_names
+        assert set(of) <= set(run_all.STRATA)
         assert run_all.PARTS[part].split == "test"
 
 
