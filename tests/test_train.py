@@ -321,9 +321,8 @@ def test_each_tensor_has_its_optimizer_rate_and_decay(corpus, trained, tmp_path,
             joint_planner = name.startswith("planner.")         # Muon trains it in its own stage
             kind = "joint_planner" if joint_planner else "muon" if of_block else stage.split("_")[0]
             assert isinstance(optimizer, train.Muon) == (kind == "muon"), name
-            expected = getattr(opened.config, f"{kind}_lr")
-            if kind == "muon" and stage.startswith("joint"):
-                expected *= 3e-3 / opened.config.lm_lr          # as joint_lr to lm_lr
+            share = 0.3 if kind == "muon" and "joint" in stage else 1       # joint_lr / lm_lr
+            expected = share * getattr(opened.config, f"{kind}_lr")
             assert group["peak_lr"] == pytest.approx(expected), name
             spared = name.endswith(("label_emb", "start")) or "ln_" in name
             assert group["weight_decay"] == (0.0 if spared else 0.1), name
