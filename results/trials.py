@@ -155,6 +155,7 @@ TRIALS = {                              # name -> (options of train.py, change)
     "more_embedding_norm": (MORE, embedding_norm), "more_own_head": (MORE, own_head),
     "more_norms": (MORE, NORMS), "more_norms_muon_0.04": (MORE | {"muon_lr": 0.04}, NORMS),
     "more_learned_positions": (MORE, learned_positions),
+    "adamw_alone": ({"muon_lr": 0.0}, None),
     "more_adamw_alone": (MORE | {"muon_lr": 0.0}, None),
     "more_batch_16": (MORE | {"batch_size": 16}, None), "more_linear": (MORE, linear),
     "more_iterations_3": (MORE, iterations(3)), "more_split_qkv": (MORE, split_qkv),
