@@ -4,7 +4,7 @@ Four stages, each with a checkpoint in out_dir:
   lm       the GPT alone, on the next-token loss                -> lm.pt
   labels   a vector and a label for every sentence              -> labels.pt
   planner  the planner alone, to predict the next label         -> planner.pt
-  joint    for each plan, the GPT or both, on that same loss    -> joint_<plan>.pt
+  joint    for each plan, the GPT or both, on lm's loss         -> joint_<plan>.pt
 All plans see the same batches, which follow from seed and step, as does gumbel's noise: no random
 state is saved, and --resume ends bit for bit like an undisturbed run on the CPU.
 """

@@ -284,13 +284,13 @@ def strata(run, corpus) -> tuple[np.ndarray, tuple]:
     target = np.arange(1, len(corpus.tokens))
     sentence = np.searchsorted(corpus.sentences, target, side="right") - 1
     document = np.searchsorted(corpus.documents, sentence, side="right") - 1
-    document -= document[0]
     place = np.searchsorted(PLACES, 1 + target - corpus.sentences[sentence], side="right") - 1
     T = run.config.block_size
     window = T // 2 * np.maximum(0, -(-(target - T) // (T // 2)))       # where it starts: see score
     older = corpus.sentences[corpus.documents[document]] < window
     known = {text.tobytes() for text in texts_of(run.corpus("train"))}
     copied = np.array([text.tobytes() in known for text in texts_of(corpus)])[sentence]
+    document -= document[0]                             # the opening <|endoftext|> has no target
     shape = document.max() + 1, len(PLACES), 2, 2
     index = document, place, older.astype(int), copied.astype(int)
     return np.ravel_multi_index(index, shape), shape

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -76,6 +77,22 @@ def test_the_open_trap_gives_an_endoftext_to_the_next_document(tmp_path):
     leaky = run_all.leaky_split(store, "train")
     starts = leaky.sentences[leaky.documents]
     assert len(starts) > 40 and (leaky.tokens[starts] == store.tokenizer.eot_token).all()
+
+
+def test_each_token_has_its_stratum():
+    tokenizer = data.bpe_tokenizer(data.train_bpe(["x"], 257))          # a token a byte
+    first, second = "Seven is a sentence of its own. ", "Eight is another one of that kind. "
+    texts = [first], [first + second, first]
+    known, read = (data.Corpus.from_texts(text, tokenizer) for text in texts)
+    run = mock.Mock(config=mock.Mock(block_size=16), corpus=lambda split: known)
+    document, place, older, copied = np.unravel_index(*run_all.strata(run, read))
+    a, b = len(first), len(second)
+    assert document.tolist() == [0] * (a + b + 1) + [1] * (a + 1)       # and their <|endoftext|>
+    assert place[:a].tolist() == [0, 1, 2, 2, *4 * [3], *8 * [4], *(a - 16) * [5]]
+    # windows start at multiples of 8 and score their last 8; the documents at 1 and a + b + 2
+    assert older[:a + b].tolist() == [0] * 16 + [1] * (a + b - 16)
+    assert np.flatnonzero(older[a + b + 1:])[0] == 17 - (a + b + 2) % 8 == 12
+    assert copied.tolist() == [1] * a + [0] * b + [1] * (a + 2)         # <|endoftext|> is one, too
 
 
 def test_student_holm_and_bootstrap_against_textbooks():
