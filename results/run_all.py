@@ -2,8 +2,7 @@
 
     python results/run_all.py claims             # some parts, by name; without a name all: hours
     python results/run_all.py claims --seed=3    # one seed of them
-    python results/run_all.py comparisons        # from the parts that are finished
-    python results/run_all.py --table            # results/README.md, from results/*.json
+    python results/run_all.py --table            # results/README.md, from what is finished
 
 A part is a few runs of train.py that differ in the seed alone. They lie in cache/results/NAME-SEED,
 and can be interrupted at any time: the same command continues. results/NAME.json holds, for each
@@ -13,7 +12,6 @@ was made. results/NAME.npz holds the sums of nats of the test tokens, by documen
 import ast
 import json
 import math
-import operator
 import os
 import platform
 import re
@@ -41,50 +39,42 @@ import train
 
 @dataclass
 class Part:
-    purpose: str
-    options: str                # of train.py, beside plans and seed
-    plans: str
-    seeds: tuple = (0, 1, 2)
+    options: str                # of train.py, beside the seed
+    seeds: tuple = (1, 2, 3)
     start: str = ""             # each seed begins with the stages that it shares with this part
     split: str = "test"         # val: a choice is made here, so test is not looked at
     traps: str = ""             # left open: "document_end", "no_overlap"
 
 
-FIVE, THREE = (1, 2, 3, 4, 5), (1, 2, 3)                # seed 0 chose the defaults
-RATED = "none,hard,straight_through,soft"
-FROZEN_AND_SOFT = "none,previous,hard,soft_frozen,soft"
+FIVE = (1, 2, 3, 4, 5)          # seed 0 chose most of the defaults
+RATED = "--plans=none,hard,straight_through,soft"
+FROZEN_AND_SOFT = "--plans=none,previous,hard,soft_frozen,soft"
+WIKIPEDIA = "--data=cache/wikipedia.jsonl"              # see results/README.md
 WIDE = "--block_size=256 --batch_size=8"                # as many tokens a step as by default
 PARTS = {
-    "default": Part("the default run, on seeds that chose nothing", "", "none,hard,soft", THREE,
-                    split="val"),
-    "default_seconds": Part("`none` for as many seconds as `soft`", "--joint_steps=693", "none",
-                            THREE, start="default", split="val"),
-    "default_view": Part("the planner sees what the GPT sees, in its own stage, too",
-                         "--planner_view=window", "soft", THREE, start="default", split="val"),
-    "default_256": Part("a window of 256", WIDE, "none,soft", (1,), split="val"),
-    "claims": Part("the nine plans of the default run", "", "all", FIVE, traps="no_overlap"),
-    # learning rates of stage joint; those between are the default's, so of claims
-    "rates_low": Part("half the learning rates", "--joint_lr=2e-3 --joint_planner_lr=1e-4", RATED,
-                      THREE, start="claims", split="val"),
-    "rates_high": Part("twice the learning rates", "--joint_lr=8e-3 --joint_planner_lr=4e-4",
-                       RATED, THREE, start="claims", split="val"),
-    "seconds": Part("`none` for as many seconds as `soft`", "--joint_steps=693", "none", FIVE,
-                    start="claims"),
-    "seconds_all": Part("and for those of the stages labels and planner", "--joint_steps=900",
-                        "none", FIVE, start="claims"),
-    "parameters": Part("`none` with as many parameters as `soft`", "--n_layer=7", "none", FIVE),
-    "memory": Part("the planner sees what the GPT sees, from its own stage on",
-                   "--planner_view=window", "previous,hard,soft_frozen,soft", FIVE, start="claims"),
-    "traps_end": Part("<|endoftext|> counts to the next document", "", "none,hard,soft", THREE,
-                      traps="document_end no_overlap"),
-    "window_128": Part("a window of 128", "--block_size=128 --batch_size=16", "none,hard,soft",
-                       THREE),
-    "window_256": Part("a window of 256", WIDE, "none,hard,soft", THREE),
-    # every fourth of the articles that results/README.md names, as JSON lines
-    "wikipedia": Part("another corpus", "--data=cache/wikipedia.jsonl",
-                      f"{FROZEN_AND_SOFT},oracle", THREE),
-    "wikipedia_256": Part("another corpus in a window of 256",
-                          f"--data=cache/wikipedia.jsonl {WIDE}", FROZEN_AND_SOFT, THREE),
+    # of seeds that chose nothing, until `claims` has them on test
+    "default": Part("--plans=none,hard,soft", split="val"),
+    "default_seconds": Part("--joint_steps=693 --plans=none", split="val"),
+    "default_view": Part("--planner_view=window --plans=soft", split="val"),
+    "default_256": Part(f"{WIDE} --plans=none,soft", (1,), split="val"),
+    "claims": Part("--plans=all", FIVE, traps="no_overlap"),
+    # the rates of stage joint halved, and doubled
+    "rates_low": Part(f"--joint_lr=2e-3 --joint_planner_lr=1e-4 {RATED}", start="claims",
+                      split="val"),
+    "rates_high": Part(f"--joint_lr=8e-3 --joint_planner_lr=4e-4 {RATED}", start="claims",
+                       split="val"),
+    # for as many seconds as `soft`, with those of stages labels and planner, and as many parameters
+    "seconds": Part("--joint_steps=693 --plans=none", FIVE, "claims"),
+    "seconds_all": Part("--joint_steps=900 --plans=none", FIVE, "claims"),
+    "parameters": Part("--n_layer=7 --plans=none", FIVE),
+    # the planner sees what the GPT sees, from its own stage on
+    "memory": Part("--planner_view=window --plans=previous,hard,soft_frozen,soft", FIVE, "claims"),
+    "traps_end": Part("--plans=none,hard,soft", traps="document_end no_overlap"),
+    "window_128": Part("--block_size=128 --batch_size=16 --plans=none,hard,soft"),
+    "window_256": Part(f"{WIDE} --plans=none,hard,soft"),
+    "memory_256": Part(f"{WIDE} --planner_view=window --plans=soft", start="window_256"),
+    "wikipedia": Part(f"{WIKIPEDIA} {FROZEN_AND_SOFT},oracle"),
+    "wikipedia_256": Part(f"{WIKIPEDIA} {WIDE} {FROZEN_AND_SOFT}"),
 }
 
 # (what is claimed, the lower one, the higher one), each a part, a plan and, if not on all tokens, a
@@ -120,43 +110,28 @@ STRATA = {
     "older": ("it began before the window", np.s_[:, :, 1]),
     "new": ("of sentences that the training text does not have", np.s_[..., 0]),
     "copied": ("of sentences that stand there word for word", np.s_[..., 1]),
-    "1": ("first of their sentence", np.s_[:, 0]),
-    "2": ("second", np.s_[:, 1]),
-    "3": ("3rd and 4th", np.s_[:, 2]),
-    "5": ("5th to 8th", np.s_[:, 3]),
-    "9": ("9th to 16th", np.s_[:, 4]),
-    "17": ("later ones", np.s_[:, 5]),
-}
+} | {str(place): (f"of a sentence, from token {place} on", np.s_[:, i])
+     for i, place in enumerate(PLACES)}
 
 
 # --- runs -----------------------------------------------------------------------------------------
 
 def run_part(name: str, only_seed: int | None) -> None:
     """Runs the seeds of a part that are not finished, and writes results/NAME.json after each."""
-    part = PARTS[name]
-    corpus = re.search(r"--data=(\S+)", part.options)
-    if corpus and not Path(corpus[1]).exists():
-        print(f"{name}: left out, {corpus[1]} is not there")
-        return
-    for seed in part.seeds if only_seed is None else [only_seed]:
-        if seed not in [run["seed"] for run in finished(name)]:
+    for seed in PARTS[name].seeds if only_seed is None else [only_seed]:
+        if seed not in finished(name):
             run = run_seed(name, seed)
-            others = [other for other in finished(name) if other["seed"] != seed]
+            runs = finished(name) | {seed: run}
             data.write_json(RESULTS / f"{name}.json", {
-                "command": f"python results/run_all.py {name}", "purpose": part.purpose,
-                "split": part.split, "machine": machine(), "versions": evaluation.versions(),
-                "runs": sorted([*others, run], key=operator.itemgetter("seed"))})
+                "command": f"python results/run_all.py {name}", "machine": machine(),
+                "versions": evaluation.versions(), "runs": [runs[seed] for seed in sorted(runs)]})
 
 
-def finished(name: str) -> list[dict]:
-    """The runs in results/NAME.json that have the part's options: others are made anew."""
-    path, options = RESULTS / f"{name}.json", options_of(PARTS[name])
+def finished(name: str) -> dict[int, dict]:
+    """seed -> its run in results/NAME.json, if it had the part's options: others are made anew."""
+    path = RESULTS / f"{name}.json"
     runs = load(name)["runs"] if path.exists() else []
-    return [run for run in runs if run.get("options") == options]
-
-
-def options_of(part: Part) -> str:
-    return f"{part.options} --plans={part.plans}".strip()
+    return {run["seed"]: run for run in runs if run.get("options") == PARTS[name].options}
 
 
 def folder(name: str, seed: int) -> Path:
@@ -166,13 +141,14 @@ def folder(name: str, seed: int) -> Path:
 def run_seed(name: str, seed: int) -> dict:
     """One run, trained and scored: an entry of "runs"."""
     part, out = PARTS[name], folder(name, seed)
-    arguments = [*options_of(part).split(), f"--seed={seed}", f"--out_dir={out}"]
+    arguments = [*part.options.split(), f"--seed={seed}", f"--out_dir={out}"]
     begun = begin(out)
+    source = folder(part.start, seed)
     if (out / "config.json").exists():
         arguments.append("--resume")
-    elif part.start and shared(folder(part.start, seed)):
-        arguments.append(f"--start={folder(part.start, seed)}")
-        begun["start"] = shared(folder(part.start, seed))
+    elif part.start and (source / "results.json").exists():
+        arguments.append(f"--start={source}")
+        begun["start"] = begin(source)["commit"]
     split = leaky_split if "document_end" in part.traps else causal_split
     started = time.time()
     data.write_json(out / "begun.json", begun)
@@ -186,7 +162,7 @@ def run_seed(name: str, seed: int) -> dict:
         begun["seconds"] += round(time.time() - started)
         data.write_json(out / "begun.json", begun)
     return run | begun | {"command": " ".join(["python train.py", *arguments]),
-                          "options": options_of(part), "traps": part.traps, "machine": machine()}
+                          "options": part.options, "traps": part.traps, "machine": machine()}
 
 
 def begin(out: Path) -> dict:
@@ -204,27 +180,16 @@ def begin(out: Path) -> dict:
     return begun
 
 
-def shared(source: Path) -> str:
-    """The commit of a finished run whose stages may be shared; "" where it is of other code."""
-    if not (source / "results.json").exists():
-        return ""
-    commit = data.read_json(source / "begun.json", "commit")["commit"]
-    return commit if same_code(commit) else ""
-
-
 def same_code(commit: str) -> bool:
     """Whether another commit had the same packages and, but for words, the same six files."""
-    files = [*ROOT.glob("*.py"), ROOT / "requirements.txt"]
-    return all(code(git("show", f"{commit}:{file.name}")) == code(file.read_text("utf-8"))
-               for file in files)
+    return not git("diff", commit, "--", "requirements.txt") and all(
+        code(git("show", f"{commit}:{file.name}")) == code(file.read_text("utf-8"))
+        for file in ROOT.glob("*.py"))
 
 
 def code(text: str) -> str:
-    """A Python file without its comments and docstrings; any other as it is."""
-    try:
-        tree = ast.parse(text)
-    except SyntaxError:
-        return text.strip()
+    """A Python file without its comments and docstrings."""
+    tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             node.body = node.body[bool(ast.get_docstring(node)):]
@@ -237,42 +202,36 @@ def git(*arguments: str) -> str:
 
 
 def machine() -> str:
-    device = f"{os.cpu_count()} CPU cores"
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores"
     return f"{device}, {platform.system()} {platform.machine()}"
 
 
 def score_test(name: str, seed: int) -> dict:
     """Scores the test split as eval.py does, and keeps the sums of each stratum."""
-    run, sums = evaluation.Run.open(folder(name, seed)), {}
-    corpus, score = run.corpus("test"), run.score
-
-    def score_and_keep(model, corpus, **options):
-        scores = score(model, corpus, **options)
-        sums[f"{seed} {model.plan}"] = np.bincount(stratum, scores.nll, cells)
-        return scores
-
+    run, path = evaluation.Run.open(folder(name, seed)), RESULTS / f"{name}.npz"
+    corpus, scored = run.corpus("test"), {"test": {}, "no_overlap": {}, "stream": {}}
     stratum, shape = strata(run, corpus)
-    cells = math.prod(shape)
-    run.score = score_and_keep
-    results = evaluation.evaluate(run, corpus, run.store().bytes["test"], "test")
-    sums[f"{seed} tokens"] = np.bincount(stratum, minlength=cells)
-    sums = {key: values.reshape(shape).astype(np.float32) for key, values in sums.items()}
-    path = RESULTS / f"{name}.npz"
-    np.savez_compressed(path, **((dict(np.load(path)) if path.exists() else {}) | sums))
-    plans = run.finished_plans() if "no_overlap" in PARTS[name].traps else []
-    return {"test": results["plans"], "no_overlap": {plan: no_overlap(run, plan) for plan in plans},
-            "stream": {plan: stream(run, plan) for plan in results["plans"]}}
+    sums = {"tokens": np.bincount(stratum, minlength=math.prod(shape))}
+    for plan in run.finished_plans():
+        scores = run.score(run.model(plan), corpus, desc=f"test {plan}")
+        sums[plan] = np.bincount(stratum, scores.nll, math.prod(shape))
+        scored["test"][plan] = evaluation.summary(scores, corpus, run.store().bytes["test"])
+        scored["stream"][plan] = stream(run, plan)
+        if "no_overlap" in PARTS[name].traps and plan in ("none", "hard", "soft"):
+            scored["no_overlap"][plan] = no_overlap(run, plan)
+    kept = dict(np.load(path)) if path.exists() else {}
+    kept |= {f"{seed} {of}": x.reshape(shape).astype(np.float32) for of, x in sums.items()}
+    np.savez_compressed(path, **kept)
+    return scored
 
 
 def stream(run, plan: str) -> float:
     """Nats a token over the last third of stage joint, in windows not met before in it."""
     lines = map(json.loads, (run.out / "metrics.jsonl").read_text("utf-8").splitlines())
-    losses = {line["step"]: line["loss"] for line in lines
-              if line["stage"] == f"joint_{plan}" and "loss" in line}      # of a step, the last
-    return statistics.mean(loss for step, loss in losses.items()
-                           if step > run.config.joint_steps * 2 / 3)
+    losses = {line["step"]: line["loss"] for line in lines      # of a step done twice, the last
+              if line["stage"] == f"joint_{plan}" and "loss" in line}
+    return statistics.mean(losses[i] for i in losses if i > run.config.joint_steps * 2 / 3)
 
 
 def strata(run, corpus) -> tuple[np.ndarray, tuple]:
@@ -330,24 +289,6 @@ def no_overlap(run, plan: str) -> float:
 
 # --- statistics -----------------------------------------------------------------------------------
 
-def make_comparisons() -> None:
-    """Writes results/comparisons.json: those of COMPARISONS whose parts are run."""
-    rows = []
-    for claim, lower, higher in COMPARISONS:
-        runs = [{run["seed"] for run in finished(side.split()[0])} for side in (lower, higher)]
-        seeds = sorted(runs[0] & runs[1])
-        if len(seeds) > 1:                              # else there is no spread over seeds
-            rows.append(compare(lower, higher, seeds) | {"claim": claim, "later": False})
-    if not rows:
-        sys.exit("run_all.py: run the parts of COMPARISONS first")
-    # one that is not yet run counts as p = 1, so that the list stays as long as it was written
-    missing = [1.0] * (len(COMPARISONS) - len(rows))
-    for row, p in zip(rows, holm([row["p"] for row in rows] + missing)):
-        row["p_holm"] = p
-    data.write_json(RESULTS / "comparisons.json", {
-        "command": "python results/run_all.py comparisons", "rows": rows})
-
-
 def nats(side: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """A "PART PLAN STRATUM", the last being left out where it is all tokens -> its sums of nats
     over each test document, and the numbers of its tokens."""
@@ -357,15 +298,9 @@ def nats(side: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return tuple(table.reshape(len(table), -1).sum(1) for table in tables)
 
 
-def compare(lower: str, higher: str, seeds: list[int]) -> dict:
-    """Two "PART PLAN STRATUM" in nats a test token: over seeds, and over documents."""
-    pairs = [[nats(side, seed) for side in (lower, higher)] for seed in seeds]
-    tokens = pairs[0][0][1]                             # (documents,) the same for all
-    differences = [(a - b).sum() / tokens.sum() for (a, _), (b, _) in pairs]
-    mean, half, p = t_test(differences)
-    return {"lower": lower, "higher": higher, "seeds": seeds, "nats": mean,
-            "interval": [mean - half, mean + half], "p": p,
-            "documents": bootstrap(np.mean([a - b for (a, _), (b, _) in pairs], 0), tokens)}
+def seeds_of(*sides: str) -> list[int]:
+    """The finished seeds that the parts of "PART ..." have in common."""
+    return sorted(set.intersection(*(set(finished(side.split()[0])) for side in sides)))
 
 
 def t_test(differences: list[float]) -> tuple[float, float, float]:
@@ -404,52 +339,24 @@ def bootstrap(differences: np.ndarray, tokens: np.ndarray) -> list[float]:
 def write_readme() -> str:
     """The text of results/README.md: template.md, in which a marker {{NAME: ARGUMENT, ...}} stands
     for what the function NAME of TABLES returns."""
-    def fill(marker):
-        try:
-            return TABLES[marker[1]](*marker[2].split(", "))
-        except FileNotFoundError:
-            what = f"| {marker[2].split(', ')[0]} |"
-            return f"{what} not yet run |  |  |  |  |" if marker[1] == "row" else "not yet run"
-    return re.sub(r"\{\{(\w+): (.+?)\}\}", fill, (RESULTS / "template.md").read_text("utf-8"))
+    return re.sub(r"\{\{(\w+): (.+?)\}\}", lambda marker: TABLES[marker[1]](*marker[2].split(", ")),
+                  (RESULTS / "template.md").read_text("utf-8"))
 
 
 def load(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
 
 
-def follow(tree, path: str):
-    """What lies at "a/0/b" in a tree of dictionaries and lists."""
-    for key in filter(None, path.split("/")):
-        tree = tree[int(key)] if isinstance(tree, list) else tree[key]
-    return tree
-
-
 def cells(name: str, path: str, *columns: str) -> str:
-    """Some values, "PATH:FORMAT" each, below one path in a JSON file; of a list of words, five."""
-    shown, place = [], follow(load(name), path)
+    """Some values of a JSON file, "PATH:FORMAT" each, below a path like "runs/0"."""
+    shown = []
     for column in columns:
         key, _, form = column.partition(":")
-        value = follow(place, key)
-        if isinstance(value, list):
-            value = re.sub(r"[|`*_]", "", ", ".join(value[:5]))
+        value = load(name)
+        for step in f"{path}/{key}".strip("/").split("/"):
+            value = value[int(step)] if isinstance(value, list) else value[step]
         shown.append(format(value, form))
     return " | ".join(shown)
-
-
-def figure(side: str, split: str, key: str) -> dict[int, float]:
-    """seed -> a figure of "PART PLAN", on the split."""
-    part, plan = side.split()
-    found = {run["seed"]: run["plans" if split == "val" else split][plan]
-             for run in load(part)["runs"]}
-    return {seed: x[key] if isinstance(x, dict) else x for seed, x in found.items()}
-
-
-def mean(side: str, split: str = "test", key: str = "ppl") -> str:
-    return f"{statistics.mean(figure(side, split, key).values()):.2f}"
-
-
-HEADER = ("| plan | perplexity | against `none` | each seed, % | bits per byte | label nats |\n"
-          "|---|---|---|---|---|---|")
 
 
 def percent(nats: float) -> str:
@@ -457,91 +364,104 @@ def percent(nats: float) -> str:
     return f"{100 * math.expm1(nats):+.2f}"
 
 
-def change(lower: str, higher: str, split: str = "test", n_seeds: str = "9") -> str:
-    """The change of perplexity from one "PART PLAN" to another: its mean, and each seed's."""
-    nats = [figure(side, split, "nll") for side in (lower, higher)]
-    seeds = sorted(nats[0].keys() & nats[1].keys())[:int(n_seeds)]
-    each = [nats[0][seed] - nats[1][seed] for seed in seeds]
-    average = statistics.mean(100 * math.expm1(x) for x in each)
-    return f"{average:+.2f} % ({', '.join(map(percent, each))})"
-
-
 def markdown(header: str, rows: list) -> str:
     lines = [header, "|" + "---|" * (header.count("|") - 1)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def row(what: str, side: str, against: str, split: str) -> str:
-    """A "PART PLAN": means over its seeds, and each seed's change against another's."""
-    average = each = label = ""
-    if side != against:
-        average, each = change(side, against, split).strip(")").split(" (")
-    bits = statistics.mean(figure(side, split, "bits_per_byte").values())
-    if None not in figure(side, split, "planner_ce").values():
-        label = mean(side, split, "planner_ce")
-    return f"| {what} | {mean(side, split)} | {average} | {each} | {bits:.4f} | {label} |"
+def figure(side: str, seed: int, split: str, key: str = "nll") -> float | None:
+    """A figure of "PART PLAN" on the split, or nats a test token of "PART PLAN STRATUM"."""
+    part, plan, *stratum = side.split()
+    if stratum:
+        total, tokens = nats(side, seed)
+        return total.sum() / tokens.sum()
+    found = finished(part)[seed]["plans" if split == "val" else split][plan]
+    return found[key] if isinstance(found, dict) else found
 
 
-def plans(name: str, split: str = "test") -> str:
-    """A part's plans: means over seeds, and each seed's change against its own `none`."""
-    found = load(name)["runs"][0]["plans" if split == "val" else split]
-    return "\n".join([HEADER, *(row(f"`{plan}`", f"{name} {plan}", f"{name} none", split)
-                                for plan in found)])
+def mean(side: str, split: str = "test", key: str = "ppl", form: str = ".2f") -> str:
+    values = [figure(side, seed, split, key) for seed in seeds_of(side)]
+    if None in values:
+        return ""
+    return format(statistics.mean(values), form) if values else "not yet run"
+
+
+def differences(lower: str, higher: str, split: str = "test") -> list[float]:
+    """Nats a token of one side less those of another, on each seed that both have."""
+    return [figure(lower, seed, split) - figure(higher, seed, split)
+            for seed in seeds_of(lower, higher)]
+
+
+def change(lower: str, higher: str, split: str = "test") -> str:
+    """The change of perplexity from one side to another: its mean, and each seed's."""
+    each = differences(lower, higher, split)
+    if not each:
+        return "not yet run"
+    return f"{percent(statistics.mean(each))} % ({', '.join(map(percent, each))})"
+
+
+HEADER = ("| plan | perplexity | against `none` (each seed) | bits per byte | label nats |\n"
+          "|---|---|---|---|---|")
+
+
+def row(what: str, side: str, against: str, split: str = "test") -> str:
+    """A "PART PLAN": means over its seeds, and its change against another's."""
+    if not seeds_of(side):
+        return f"| {what} | not yet run | | | |"
+    changed = "" if side == against else change(side, against, split)
+    bits, label = (mean(side, split, *of) for of in [("bits_per_byte", ".4f"), ("planner_ce",)])
+    return f"| {what} | {mean(side, split)} | {changed} | {bits} | {label} |"
+
+
+def plans(part: str, split: str = "test") -> str:
+    """A part's plans, against its own `none`."""
+    names = re.search(r"--plans=(\S+)", PARTS[part].options)[1]
+    return "\n".join([HEADER, *(row(f"`{plan}`", f"{part} {plan}", f"{part} none", split)
+                                for plan in train.Config(plans=names).plan_names)])
 
 
 def where(part: str, names: str, *strata_names: str) -> str:
     """Where the gain falls: some plans against the part's `none`, by stratum, means over seeds."""
-    seeds, rows = [run["seed"] for run in load(part)["runs"]], []
-    for name in strata_names:
-        what, sums = STRATA[name][0], {}
-        for plan in ["none", *names.split()]:
-            pairs = [nats(f"{part} {plan} {name}".strip(), seed) for seed in seeds]
-            sums[plan] = [total.sum() / tokens.sum() for total, tokens in pairs]
-        share = pairs[0][1].sum() / nats(f"{part} none", seeds[0])[1].sum()
-        changes = [percent(statistics.mean(sums[plan]) - statistics.mean(sums["none"]))
-                   for plan in names.split()]
-        rows.append((what, f"{share:.1%}", *changes))
+    rows = []
+    for stratum in strata_names if seeds_of(part) else ():
+        some, all_tokens = (nats(f"{part} none {of}", seeds_of(part)[0])[1] for of in (stratum, ""))
+        gains = [statistics.mean(differences(f"{part} {plan} {stratum}", f"{part} none {stratum}"))
+                 for plan in names.split()]
+        rows.append((STRATA[stratum][0], f"{some.sum() / all_tokens.sum():.1%}",
+                     *map(percent, gains)))
     plans = " | ".join(f"`{plan}`, %" for plan in names.split())
     return markdown(f"| tokens | share | {plans} |", rows)
 
 
-def comparisons(when: str) -> str:
-    """Those written down beforehand ("planned"), or "later"."""
-    rows = []
-    for row in load("comparisons")["rows"]:
-        if row["later"] == (when == "later"):
-            sides = ["`" + row[side].removeprefix("claims ").replace(" ", ": ") + "`"
-                     for side in ("lower", "higher")]
-            seeds, documents = (" to ".join(map(percent, row[key]))
-                                for key in ("interval", "documents"))
-            p = f"{row['p_holm']:.3f}".replace("0.000", "<0.001") if "p_holm" in row else ""
-            rows.append((row["claim"], " - ".join(sides), percent(row["nats"]),
-                         f"{seeds} ({len(row['seeds'])})", documents, p))
+def comparisons(_: str) -> str:
+    """The rows of COMPARISONS, those with two seeds or more; the others count as p = 1 in Holm's
+    correction, so that the list stays as long as it was written."""
+    rows, p_values = [], []
+    for claim, *sides in COMPARISONS:
+        pairs = [[nats(side, seed) for side in sides] for seed in seeds_of(*sides)]
+        shown, p = ["not yet run", "", ""], 1.0
+        if len(pairs) > 1:                              # else there is no spread over seeds
+            tokens = pairs[0][0][1]                     # (documents,) the same for all
+            mean, half, p = t_test([(a - b).sum() / tokens.sum() for (a, _), (b, _) in pairs])
+            documents = bootstrap(np.mean([a - b for (a, _), (b, _) in pairs], 0), tokens)
+            over_seeds = f"{percent(mean - half)} to {percent(mean + half)} ({len(pairs)})"
+            shown = [percent(mean), over_seeds, " to ".join(map(percent, documents))]
+        rows.append([claim, " - ".join(f"`{side}`" for side in sides), *shown])
+        p_values.append(p)
+    for row, p in zip(rows, holm(p_values)):
+        row.append(f"{p:.3f}".replace("0.000", "<0.001"))
     return markdown("| claim | compared | change, % | over seeds (n) | over documents | p, Holm |",
                     rows)
 
 
-def bench(name: str) -> str:
-    """Where tests/bench.py has an aim; of several sizes of one thing, the last."""
-    rows = {}
-    for kind, part in load(name).items():
-        for row in part["rows"]:
-            if "aim" in row:
-                of = [str(row[key]) for key in ("step", "what", "tokens", "K", "by") if key in row]
-                rows[kind, ", ".join(of)] = (kind, ", ".join(of), f"{row['reached']:.3g}", row["aim"])
-    return markdown("| benchmark | of | reached | aim |", list(rows.values()))
-
-
-TABLES = {make.__name__: make for make in (cells, mean, change, row, plans, where, comparisons,
-                                        bench)}
+TABLES = {make.__name__: make for make in (cells, mean, change, row, plans, where, comparisons)}
 
 
 # --- command line ---------------------------------------------------------------------------------
 
 def main() -> None:
     parser = evaluation.Parser(prog="run_all.py", description=__doc__)
-    purposes = "\n".join(f"{name}: {part.purpose}" for name, part in PARTS.items())
-    parser.add_argument("names", nargs="*", metavar="NAME", help=purposes)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(PARTS))
     parser.add_argument("--seed", type=int, help="of the parts' seeds, this one alone")
     parser.add_argument("--table", action="store_true", help="write results/README.md")
     args = parser.parse_args()
@@ -549,13 +469,10 @@ def main() -> None:
     if args.table:
         (RESULTS / "README.md").write_text(write_readme(), "utf-8")
         return
-    for name in args.names or [*PARTS, "comparisons"]:
-        if name == "comparisons":
-            make_comparisons()
-        elif name in PARTS:
-            run_part(name, args.seed)
-        else:
-            parser.error(f"{name} is no part: choose {', '.join(PARTS)}, comparisons")
+    for name in args.names or PARTS:
+        if name not in PARTS:
+            parser.error(f"{name} is no part: choose {', '.join(PARTS)}")
+        run_part(name, args.seed)
 
 
 if __name__ == "__main__":

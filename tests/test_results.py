@@ -59,13 +59,14 @@ def test_a_commit_that_a_file_names_exists(path):
 @pytest.mark.parametrize("name", run_all.PARTS)
 def test_a_part_has_options_of_train_and_a_start_that_is_run_before_it(name, tmp_path):
     part, names = run_all.PARTS[name], list(run_all.PARTS)
-    train.parse_config([*run_all.options_of(part).split(), f"--out_dir={tmp_path}"])
+    train.parse_config([*part.options.split(), f"--out_dir={tmp_path}"])
     assert part.start in names[:names.index(name)] + [""]
 
 
-def test_comparisons_are_of_plans_that_are_run_and_scored_on_test():
+def test_comparisons_are_of_plans_that_are_run_and_scored_on_test(tmp_path):
     for part, plan, *of in (side.split() for _, *sides in run_all.COMPARISONS for side in sides):
-        assert plan in train.Config(plans=run_all.PARTS[part].plans).plan_names
+        options = run_all.PARTS[part].options.split()
+        assert plan in train.parse_config([*options, f"--out_dir={tmp_path}"]).plan_names
         assert set(of) <= set(run_all.STRATA)
         assert run_all.PARTS[part].split == "test"
 
