@@ -1,5 +1,4 @@
-"""Data: no boundary sees the future, no byte is lost, a store is whole or absent, and a window
-knows the sentences of its targets. Inputs are drawn from seeded generators."""
+"""Data: no boundary sees the future, no byte is lost, a window knows its targets' sentences."""
 import importlib
 import itertools
 import json

@@ -1,5 +1,4 @@
 """Labels: a vector depends on its own sentence alone, and k-means is Lloyd's algorithm."""
-
 import numpy as np
 import pytest
 import torch
@@ -130,8 +129,7 @@ def draw_labelled(seed, k, order):
 
 
 def naive_bigram(pairs, k, weight):
-    """Log probabilities from (the label before, label), counted one by one; the last row's without
-    the label before."""
+    """Log probabilities from (the label before, label); the last row's without the one before."""
     frequency = [(sum(b == label for _, b in pairs) + 1) / (len(pairs) + k) for label in range(k)]
     rows = [[(pairs.count((a, b)) + weight * frequency[b])
              / (sum(before == a for before, _ in pairs) + weight) for b in range(k)]

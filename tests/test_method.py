@@ -1,9 +1,6 @@
-"""The method: no logit sees the future, the LM loss trains what a plan says, and scoring and
-generation agree with the naive way. One property a test, and beside it the control that shows that
-the test can fail. A new plan in model.py is covered by all of this with one entry in MIXTURES.
-On a fresh model the plan maps are zero, and most properties would hold whatever the code does: so
-models are drawn at random, in float64.
-"""
+"""The method, one property a test, and beside it the control that shows that the test can fail. A
+new plan in model.py is covered with one entry in MIXTURES. Models are drawn at random: on a fresh
+one the plan maps are zero, so that most properties would hold whatever the code does."""
 import copy
 import functools
 import re
@@ -121,8 +118,7 @@ def spots(tokens, n):
 
 @torch.no_grad()
 def influence(plan, view="document"):
-    """How far other tokens after t move the logits at or before t at most, and those after it at
-    least: tokens -> sentences -> vectors -> planner -> plan -> GPT -> logits."""
+    """How far tokens after t move the logits up to t at most, and those after it at least."""
     model, tokens, at = draw_model(plan), draw_tokens(0), STARTS[:, None] + np.arange(T)
 
     def logits(tokens):                                                     # (windows, T, V)
@@ -214,10 +210,6 @@ def trained(plan):
     return {"gpt", "label_emb", "plan_map"} | ({"planner"} if plan in END_TO_END else set())
 
 
-def part_of(name):
-    return next(part for part in ("planner", "label_emb", "plan_map", "gpt") if part in name)
-
-
 def reached(model, batch):
     """The parts to which the LM loss has a gradient, through each of their tensors."""
     if model.planner is not None:                    # would the loss reach a frozen one?
@@ -225,7 +217,8 @@ def reached(model, batch):
     model(batch, torch.Generator().manual_seed(0))[0].backward()
     found, missed = set(), set()
     for name, p in model.named_parameters():
-        (missed if p.grad is None or not p.grad.any() else found).add(part_of(name))
+        part = next(part for part in ("planner", "label_emb", "plan_map", "gpt") if part in name)
+        (missed if p.grad is None or not p.grad.any() else found).add(part)
     assert not found & missed
     return found
 

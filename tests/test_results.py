@@ -71,6 +71,16 @@ def test_comparisons_are_of_plans_that_are_run_and_scored_on_test(tmp_path):
         assert run_all.PARTS[part].split == "test"
 
 
+@pytest.mark.parametrize("name", [path.stem for path in ROOT.glob("results/*.npz")])
+def test_the_sums_of_nats_are_those_of_the_scores(name):
+    for seed, run in run_all.finished(name).items():
+        for plan, figures in run["test"].items():
+            whole, *parts = (np.array(run_all.nats(f"{name} {plan} {of}", seed))
+                             for of in ("", "inside", "older"))
+            assert whole[0].sum() / whole[1].sum() == pytest.approx(figures["nll"], rel=1e-5)
+            assert sum(parts) == pytest.approx(whole, rel=1e-5)
+
+
 def test_the_open_trap_gives_an_endoftext_to_the_next_document(tmp_path):
     texts = [f"Number {i} is a sentence of its own. And more" for i in range(60)]
     (tmp_path / "a.txt").write_text(f"\n{data.EOT}\n".join(texts))

@@ -1,5 +1,4 @@
-"""Properties of whole runs: options, bad input, resuming, kills, and what a run leaves behind. Runs
-are made in this process where they can be; in a forked one where they are killed."""
+"""Properties of whole runs: options, bad input, resuming, kills, and what a run leaves behind."""
 import importlib
 import itertools
 import json
@@ -61,16 +60,11 @@ def run(corpus, out, **more):
 
 
 @pytest.fixture(scope="session")
-def trained(corpus, tmp_path_factory):
-    """A finished run of all plans."""
+def trained(corpus, tmp_path_factory):              # a finished run of all plans
     return run(corpus, tmp_path_factory.mktemp("trained") / "out", plans="all")
 
 
-def interrupt(*_):
-    signal.raise_signal(signal.SIGINT)
-
-
-def act_at(patch, module, name, n, act=interrupt):
+def act_at(patch, module, name, n, act=lambda *_: signal.raise_signal(signal.SIGINT)):
     """Does something, a Ctrl-C unless told, before the n-th call of a function."""
     original, calls = getattr(module, name), itertools.count(1)
 
@@ -83,8 +77,7 @@ def act_at(patch, module, name, n, act=interrupt):
 
 
 @pytest.fixture(scope="session")
-def half(corpus, tmp_path_factory):
-    """A run that ended in the midst of stage lm."""
+def half(corpus, tmp_path_factory):                 # a run that ended in the midst of stage lm
     out = tmp_path_factory.mktemp("half") / "out"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="130"):
         act_at(patch, train, "make_batch", 3)
@@ -211,8 +204,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_with_room(
 
 # --- interrupted and resumed ----------------------------------------------------------------------
 def live(arguments, module, name, n):
-    """train.py in a process that ends with SIGKILL at the n-th call of a function; in the midst of
-    the write, where that is a save."""
+    """train.py in a process that is killed at the n-th call of a function; a save, in its midst."""
     save = torch.save
 
     def kill(*arguments):
