@@ -65,7 +65,7 @@ PARTS = {
                        split="val"),
     # for as many seconds as `soft`, with those of stages labels and planner, and as many parameters
     "seconds": Part("--joint_steps=693 --plans=none", FIVE, "claims"),
-    "seconds_all": Part("--joint_steps=900 --plans=none", FIVE, "claims"),
+    "seconds_all": Part("--joint_steps=800 --plans=none", FIVE, "claims"),
     "parameters": Part("--n_layer=7 --plans=none", FIVE),
     # the planner sees what the GPT sees, from its own stage on
     "memory": Part("--planner_view=window --plans=previous,hard,soft_frozen,soft", FIVE, "claims"),
