@@ -29,20 +29,16 @@ ROOT = Path(__file__).parent.parent
 SHARED = ("lm", "labels", "planner")                # the stages that all plans start from
 
 
-def write_corpus(path, n_documents):
-    """Documents of a few sentences of made-up words."""
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):                       # documents of a few sentences of made-up words
     draw, texts = random.Random(0), []
     words = ["".join(draw.choices("abcdefghijklmnop", k=5)) for _ in range(60)]
-    for _ in range(n_documents):
+    for _ in range(60):
         sentences = [" ".join(draw.choices(words, k=7)) for _ in range(draw.randint(3, 7))]
         texts.append(". ".join(sentences) + ".")
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
     path.write_text(f"\n{EOT}\n".join(texts), "utf-8")
     return path
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "text.txt", 60)
 
 
 def options(corpus, out, **more):
@@ -274,11 +270,6 @@ def test_a_run_is_continued_by_resume_alone_and_with_its_own_options(trained, ca
     assert contents(trained) == before
 
 
-def begin(corpus, out, **more):
-    """A run as `train` begins it: nothing is trained yet but what --start copies."""
-    return train.begin(train.parse_config(options(corpus, out, **more)))
-
-
 @pytest.mark.parametrize("change, copied", [
     (dict(muon_lr=0.01), []), (dict(lm_lr=1e-3), []), (dict(n_labels=3), ["lm"]),
     (dict(planner_lr=1e-2), ["lm", "labels"]), (dict(planner_view="window"), ["lm", "labels"]),
@@ -291,8 +282,8 @@ def test_start_copies_finished_stages_up_to_the_first_that_an_option_changes(
     assert {file.stem for file in out.glob("*.pt")} == set(copied)
     assert all((out / f"{stage}.pt").read_bytes() == before[f"{stage}.pt"] for stage in copied)
     assert contents(trained) == before
-    begin(corpus, tmp_path / "new", start=half, **change)       # whose stage lm is not finished
-    assert not list((tmp_path / "new").glob("*.pt"))
+    train.begin(train.parse_config(options(corpus, tmp_path / "new", start=half, **change)))
+    assert not list((tmp_path / "new").glob("*.pt"))            # stage lm of `half` is not finished
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -390,7 +381,8 @@ def test_ranks_share_the_accumulation_first_and_then_the_micro_batch(
     for module, name in ((train.dist, "init_process_group"), (train.dist, "barrier")):
         monkeypatch.setattr(module, name, lambda *_, **options: None)
     for accum, micro_batches in ((16, 2), (4, 1), (8, 1)):
-        opened = begin(corpus, tmp_path / str(accum), batch_size=32, grad_accum=accum)
+        sizes = dict(batch_size=32, grad_accum=accum)
+        opened = train.begin(train.parse_config(options(corpus, tmp_path / str(accum), **sizes)))
         assert opened.grad_accum == micro_batches
         windows = train.make_batch(opened, "lm", 0, 0).tokens
         assert len(windows) * micro_batches * 8 == 32 * accum
