@@ -19,9 +19,8 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 
@@ -46,7 +45,7 @@ class Part:
     traps: str = ""             # left open: "document_end", "no_overlap"
 
 
-FIVE = (1, 2, 3, 4, 5)          # seed 0 chose most of the defaults
+THREE, FIVE = (1, 2, 3), (1, 2, 3, 4, 5)                # seed 0 chose most of the defaults
 RATED = "--plans=none,hard,straight_through,soft"
 FROZEN_AND_SOFT = "--plans=none,previous,hard,soft_frozen,soft"
 WIKIPEDIA = "--data=cache/wikipedia.jsonl"              # see results/README.md
@@ -59,10 +58,8 @@ PARTS = {
     "default_256": Part(f"{WIDE} --plans=none,soft", (1,), split="val"),
     "claims": Part("--plans=all", FIVE, traps="no_overlap"),
     # the rates of stage joint halved, and doubled
-    "rates_low": Part(f"--joint_lr=2e-3 --joint_planner_lr=1e-4 {RATED}", start="claims",
-                      split="val"),
-    "rates_high": Part(f"--joint_lr=8e-3 --joint_planner_lr=4e-4 {RATED}", start="claims",
-                       split="val"),
+    "rates_low": Part(f"--joint_lr=2e-3 --joint_planner_lr=1e-4 {RATED}", THREE, "claims", "val"),
+    "rates_high": Part(f"--joint_lr=8e-3 --joint_planner_lr=4e-4 {RATED}", THREE, "claims", "val"),
     # for as many seconds as `soft`, with those of stages labels and planner, and as many parameters
     "seconds": Part("--joint_steps=693 --plans=none", FIVE, "claims"),
     "seconds_all": Part("--joint_steps=800 --plans=none", FIVE, "claims"),
@@ -101,7 +98,6 @@ COMPARISONS = (
     ("9. on another corpus", "wikipedia soft", "wikipedia none"),
 )
 
-
 PLACES = (1, 2, 3, 5, 9, 17)            # in a sentence, from 1: the first of each group of tokens
 # name -> what its tokens are, and where they stand in a table of strata()
 STRATA = {
@@ -118,46 +114,43 @@ STRATA = {
 
 def run_part(name: str, only_seed: int | None) -> None:
     """Runs the seeds of a part that are not finished, and writes results/NAME.json after each."""
-    for seed in PARTS[name].seeds if only_seed is None else [only_seed]:
-        if seed not in finished(name):
-            run = run_seed(name, seed)
-            runs = finished(name) | {seed: run}
+    for seed in PARTS[name].seeds:
+        if only_seed in (None, seed) and seed not in finished(name):
+            # `finished` comes last: another process may have added a seed in the meantime.
+            runs = {seed: run_seed(name, seed)} | finished(name)
             data.write_json(RESULTS / f"{name}.json", {
                 "command": f"python results/run_all.py {name}", "machine": machine(),
                 "versions": evaluation.versions(), "runs": [runs[seed] for seed in sorted(runs)]})
 
 
 def finished(name: str) -> dict[int, dict]:
-    """seed -> its run in results/NAME.json, if it had the part's options: others are made anew."""
+    """seed -> its run in results/NAME.json, if it had the part's options: others don't count."""
     path = RESULTS / f"{name}.json"
-    runs = load(name)["runs"] if path.exists() else []
+    runs = json.loads(path.read_text("utf-8"))["runs"] if path.exists() else []
     return {run["seed"]: run for run in runs if run.get("options") == PARTS[name].options}
-
-
-def folder(name: str, seed: int) -> Path:
-    return Path(f"cache/results/{name}-{seed}")         # below ROOT, see main
 
 
 def run_seed(name: str, seed: int) -> dict:
     """One run, trained and scored: an entry of "runs"."""
-    part, out = PARTS[name], folder(name, seed)
+    part, started = PARTS[name], time.time()
+    out, start = (Path(f"cache/results/{of}-{seed}") for of in (name, part.start))  # below ROOT
     arguments = [*part.options.split(), f"--seed={seed}", f"--out_dir={out}"]
-    begun = begin(out)
-    source = folder(part.start, seed)
+    begun, wanted = begin(out), train.parse_config(arguments)
     if (out / "config.json").exists():
         arguments.append("--resume")
-    elif part.start and (source / "results.json").exists():
-        arguments.append(f"--start={source}")
-        begun["start"] = begin(source)["commit"]
-    split = leaky_split if "document_end" in part.traps else causal_split
-    started = time.time()
+    elif part.start and (start / "results.json").exists():
+        arguments.append(f"--start={start}")
+        begun["start"] = begin(start)["commit"]
+    # What the options leave open, train.py takes from the run that it continues or starts from.
+    if replace(train.parse_config(arguments), resume=False, start="") != wanted:
+        sys.exit(f"run_all.py: {out} has other options by {arguments[-1]}: delete that run")
     data.write_json(out / "begun.json", begun)
+    data.Store.split = leaky_split if "document_end" in part.traps else causal_split
     try:
-        with mock.patch.object(data.Store, "split", split):
-            train.main(arguments)
-            run = data.read_json(out / "results.json", "plans")
-            if part.split == "test":
-                run |= score_test(name, seed)
+        train.main(arguments)
+        run = data.read_json(out / "results.json", "plans")
+        if part.split == "test":
+            run |= score_test(name, evaluation.Run.open(out))
     finally:
         begun["seconds"] += round(time.time() - started)
         data.write_json(out / "begun.json", begun)
@@ -166,25 +159,20 @@ def run_seed(name: str, seed: int) -> dict:
 
 
 def begin(out: Path) -> dict:
-    """The commit at which a run began, and its seconds so far. Ends the program where files were
-    changed since the last commit, or a run was begun with other code."""
-    changed = git("status", "--porcelain", "--", ".", ":!results")
-    if changed:
+    """The commit at which a run began, and its seconds so far. Ends the program where files are not
+    committed, or packages or code, but for comments and docstrings, have changed since then."""
+    if changed := git("status", "--porcelain", "--", ".", ":!results"):
         sys.exit(f"run_all.py: commit first, outside results/ these are changed:\n{changed}")
     if not (out / "begun.json").exists():
         out.mkdir(parents=True, exist_ok=True)
         return {"commit": git("rev-parse", "HEAD"), "seconds": 0}
     begun = data.read_json(out / "begun.json", "commit", "seconds")
-    if not same_code(begun["commit"]):
-        sys.exit(f"run_all.py: {out} was begun with other code ({begun['commit']}): delete it")
+    commit = begun["commit"]
+    same = all(code(git("show", f"{commit}:{file.name}")) == code(file.read_text("utf-8"))
+               for file in ROOT.glob("*.py"))
+    if not same or git("diff", commit, "--", "requirements.txt"):
+        sys.exit(f"run_all.py: {out} was begun with other code ({commit}): delete it")
     return begun
-
-
-def same_code(commit: str) -> bool:
-    """Whether another commit had the same packages and, but for words, the same six files."""
-    return not git("diff", commit, "--", "requirements.txt") and all(
-        code(git("show", f"{commit}:{file.name}")) == code(file.read_text("utf-8"))
-        for file in ROOT.glob("*.py"))
 
 
 def code(text: str) -> str:
@@ -197,8 +185,7 @@ def code(text: str) -> str:
 
 
 def git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, text=True, capture_output=True,
-                          check=True).stdout.strip()
+    return subprocess.check_output(["git", *arguments], cwd=ROOT, text=True).strip()
 
 
 def machine() -> str:
@@ -207,12 +194,12 @@ def machine() -> str:
     return f"{device}, {platform.system()} {platform.machine()}"
 
 
-def score_test(name: str, seed: int) -> dict:
+def score_test(name: str, run: evaluation.Run) -> dict:
     """Scores the test split as eval.py does, and keeps the sums of each stratum."""
-    run, path = evaluation.Run.open(folder(name, seed)), RESULTS / f"{name}.npz"
-    corpus, scored = run.corpus("test"), {"test": {}, "no_overlap": {}, "stream": {}}
+    path, corpus = RESULTS / f"{name}.npz", run.corpus("test")
     stratum, shape = strata(run, corpus)
     sums = {"tokens": np.bincount(stratum, minlength=math.prod(shape))}
+    scored = {"test": {}, "no_overlap": {}, "stream": {}}
     for plan in run.finished_plans():
         scores = run.score(run.model(plan), corpus, desc=f"test {plan}")
         sums[plan] = np.bincount(stratum, scores.nll, math.prod(shape))
@@ -221,13 +208,15 @@ def score_test(name: str, seed: int) -> dict:
         if "no_overlap" in PARTS[name].traps and plan in ("none", "hard", "soft"):
             scored["no_overlap"][plan] = no_overlap(run, plan)
     kept = dict(np.load(path)) if path.exists() else {}
-    kept |= {f"{seed} {of}": x.reshape(shape).astype(np.float32) for of, x in sums.items()}
-    np.savez_compressed(path, **kept)
+    for of, x in sums.items():
+        kept[f"{run.config.seed} {of}"] = x.reshape(shape).astype(np.float32)
+    with data.replacing(path) as working, open(working, "wb") as file:
+        np.savez_compressed(file, **kept)
     return scored
 
 
 def stream(run, plan: str) -> float:
-    """Nats a token over the last third of stage joint, in windows not met before in it."""
+    """Nats a token in each tenth step of stage joint's last third, in windows new to that stage."""
     lines = map(json.loads, (run.out / "metrics.jsonl").read_text("utf-8").splitlines())
     losses = {line["step"]: line["loss"] for line in lines      # of a step done twice, the last
               if line["stage"] == f"joint_{plan}" and "loss" in line}
@@ -245,17 +234,14 @@ def strata(run, corpus) -> tuple[np.ndarray, tuple]:
     T = run.config.block_size
     window = T // 2 * np.maximum(0, -(-(target - T) // (T // 2)))       # where it starts: see score
     older = corpus.sentences[corpus.documents[document]] < window
-    known = {text.tobytes() for text in texts_of(run.corpus("train"))}
-    copied = np.array([text.tobytes() in known for text in texts_of(corpus)])[sentence]
+    texts = [[text.tobytes() for text in np.split(of.tokens, of.sentences[1:])]
+             for of in (corpus, run.corpus("train"))]                   # of each sentence
+    known = set(texts[1])
+    copied = np.array([text in known for text in texts[0]])[sentence]
     document -= document[0]                             # the opening <|endoftext|> has no target
     shape = document.max() + 1, len(PLACES), 2, 2
     index = document, place, older.astype(int), copied.astype(int)
     return np.ravel_multi_index(index, shape), shape
-
-
-def texts_of(corpus) -> list[np.ndarray]:
-    """The tokens of each sentence."""
-    return np.split(corpus.tokens, corpus.sentences[1:])
 
 
 # --- traps, which stay out of the six files -------------------------------------------------------
@@ -298,9 +284,16 @@ def nats(side: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return tuple(table.reshape(len(table), -1).sum(1) for table in tables)
 
 
-def seeds_of(*sides: str) -> list[int]:
-    """The finished seeds that the parts of "PART ..." have in common."""
-    return sorted(set.intersection(*(set(finished(side.split()[0])) for side in sides)))
+def paired(lower: str, higher: str) -> tuple[list[np.ndarray], np.ndarray]:
+    """For each seed that both sides have, their sums of nats over each test document, one less the
+    other; and the documents' numbers of tokens."""
+    each, tokens = [], None
+    seeds = finished(lower.split()[0]).keys() & finished(higher.split()[0]).keys()
+    for seed in sorted(seeds):
+        (some, tokens), (others, same) = nats(lower, seed), nats(higher, seed)
+        assert np.array_equal(tokens, same), f"{lower} and {higher} have different test documents"
+        each.append(some - others)
+    return each, tokens
 
 
 def t_test(differences: list[float]) -> tuple[float, float, float]:
@@ -309,21 +302,18 @@ def t_test(differences: list[float]) -> tuple[float, float, float]:
     error = statistics.stdev(differences) / math.sqrt(n)
     # with t = sqrt(n - 1) tan(angle), the density of the angle is that of cos^(n - 2)
     angle = np.linspace(0, math.pi / 2, 200_001)
-    weight = np.cos(angle) ** (n - 2)
-    within = np.concatenate([[0], np.cumsum((weight[1:] + weight[:-1]) / 2)])
-    within /= within[-1]                                # the share of |t| below each angle's
+    weight = np.cos((angle[1:] + angle[:-1]) / 2) ** (n - 2)
+    within = np.append(0, weight.cumsum()) / weight.sum()       # share of |t| below each angle's
     critical = math.sqrt(n - 1) * math.tan(np.interp(0.95, within, angle))
     reached = math.atan2(abs(mean), error * math.sqrt(n - 1))
     return mean, critical * error, 1 - float(np.interp(reached, angle, within))
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """Holm's correction: the i-th smallest of m is multiplied by m - i, and none may fall."""
-    order, corrected, least = np.argsort(p_values), [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(order.tolist()):
-        least = max(least, min(1.0, (len(p_values) - rank) * p_values[i]))
-        corrected[i] = least
-    return corrected
+    """Holm's correction: the smallest of m times m, the next times m - 1, and so on; none falls."""
+    times = np.arange(len(p_values), 0, -1)
+    corrected = np.maximum.accumulate(np.sort(p_values) * times).clip(max=1)
+    return corrected[np.argsort(np.argsort(p_values))].tolist()         # in the order given
 
 
 def bootstrap(differences: np.ndarray, tokens: np.ndarray) -> list[float]:
@@ -336,23 +326,12 @@ def bootstrap(differences: np.ndarray, tokens: np.ndarray) -> list[float]:
 
 # --- the text -------------------------------------------------------------------------------------
 
-def write_readme() -> str:
-    """The text of results/README.md: template.md, in which a marker {{NAME: ARGUMENT, ...}} stands
-    for what the function NAME of TABLES returns."""
-    return re.sub(r"\{\{(\w+): (.+?)\}\}", lambda marker: TABLES[marker[1]](*marker[2].split(", ")),
-                  (RESULTS / "template.md").read_text("utf-8"))
-
-
-def load(name: str) -> dict:
-    return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
-
-
 def cells(name: str, path: str, *columns: str) -> str:
     """Some values of a JSON file, "PATH:FORMAT" each, below a path like "runs/0"."""
     shown = []
     for column in columns:
         key, _, form = column.partition(":")
-        value = load(name)
+        value = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
         for step in f"{path}/{key}".strip("/").split("/"):
             value = value[int(step)] if isinstance(value, list) else value[step]
         shown.append(format(value, form))
@@ -364,104 +343,98 @@ def percent(nats: float) -> str:
     return f"{100 * math.expm1(nats):+.2f}"
 
 
-def markdown(header: str, rows: list) -> str:
-    lines = [header, "|" + "---|" * (header.count("|") - 1)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+def markdown(header: str, rows: list[str]) -> str:
+    return "\n".join([header, "|" + "---|" * (header.count("|") - 1), *rows])
 
 
-def figure(side: str, seed: int, split: str, key: str = "nll") -> float | None:
-    """A figure of "PART PLAN" on the split, or nats a test token of "PART PLAN STRATUM"."""
-    part, plan, *stratum = side.split()
-    if stratum:
-        total, tokens = nats(side, seed)
-        return total.sum() / tokens.sum()
-    found = finished(part)[seed]["plans" if split == "val" else split][plan]
-    return found[key] if isinstance(found, dict) else found
+def figures(side: str, split: str, key: str = "nll") -> dict[int, float | None]:
+    """seed -> a figure of "PART PLAN" on the split."""
+    part, plan = side.split()
+    found = {seed: run["plans" if split == "val" else split][plan]
+             for seed, run in finished(part).items()}
+    return {seed: x[key] if isinstance(x, dict) else x for seed, x in found.items()}
 
 
 def mean(side: str, split: str = "test", key: str = "ppl", form: str = ".2f") -> str:
-    values = [figure(side, seed, split, key) for seed in seeds_of(side)]
+    values = figures(side, split, key).values()
     if None in values:
         return ""
     return format(statistics.mean(values), form) if values else "not yet run"
 
 
-def differences(lower: str, higher: str, split: str = "test") -> list[float]:
-    """Nats a token of one side less those of another, on each seed that both have."""
-    return [figure(lower, seed, split) - figure(higher, seed, split)
-            for seed in seeds_of(lower, higher)]
-
-
 def change(lower: str, higher: str, split: str = "test") -> str:
-    """The change of perplexity from one side to another: its mean, and each seed's."""
-    each = differences(lower, higher, split)
+    """The change of perplexity from one side to another: its mean, and that of each seed."""
+    some, others = figures(lower, split), figures(higher, split)
+    each = [some[seed] - others[seed] for seed in some if seed in others]
     if not each:
         return "not yet run"
     return f"{percent(statistics.mean(each))} % ({', '.join(map(percent, each))})"
 
 
-HEADER = ("| plan | perplexity | against `none` (each seed) | bits per byte | label nats |\n"
-          "|---|---|---|---|---|")
-
-
 def row(what: str, side: str, against: str, split: str = "test") -> str:
     """A "PART PLAN": means over its seeds, and its change against another's."""
-    if not seeds_of(side):
+    if not figures(side, split):
         return f"| {what} | not yet run | | | |"
     changed = "" if side == against else change(side, against, split)
-    bits, label = (mean(side, split, *of) for of in [("bits_per_byte", ".4f"), ("planner_ce",)])
+    bits, label = mean(side, split, "bits_per_byte", ".4f"), mean(side, split, "planner_ce")
     return f"| {what} | {mean(side, split)} | {changed} | {bits} | {label} |"
 
 
 def plans(part: str, split: str = "test") -> str:
     """A part's plans, against its own `none`."""
     names = re.search(r"--plans=(\S+)", PARTS[part].options)[1]
-    return "\n".join([HEADER, *(row(f"`{plan}`", f"{part} {plan}", f"{part} none", split)
-                                for plan in train.Config(plans=names).plan_names)])
+    rows = [row(f"`{plan}`", f"{part} {plan}", f"{part} none", split)
+            for plan in train.Config(plans=names).plan_names]
+    columns = "| plan | perplexity | against `none` (each seed) | bits per byte | label nats |"
+    return markdown(columns, rows)
 
 
 def where(part: str, names: str, *strata_names: str) -> str:
     """Where the gain falls: some plans against the part's `none`, by stratum, means over seeds."""
-    rows = []
-    for stratum in strata_names if seeds_of(part) else ():
-        some, all_tokens = (nats(f"{part} none {of}", seeds_of(part)[0])[1] for of in (stratum, ""))
-        gains = [statistics.mean(differences(f"{part} {plan} {stratum}", f"{part} none {stratum}"))
-                 for plan in names.split()]
-        rows.append((STRATA[stratum][0], f"{some.sum() / all_tokens.sum():.1%}",
-                     *map(percent, gains)))
-    plans = " | ".join(f"`{plan}`, %" for plan in names.split())
-    return markdown(f"| tokens | share | {plans} |", rows)
+    rows, plans = [], names.split()
+    for stratum in strata_names if finished(part) else ():
+        _, all_tokens = paired(f"{part} none", f"{part} none")
+        pairs = [paired(f"{part} {plan} {stratum}", f"{part} none {stratum}") for plan in plans]
+        tokens = pairs[0][1].sum()
+        gains = [percent(np.mean(each, 0).sum() / tokens) for each, _ in pairs]
+        share = f"{tokens / all_tokens.sum():.1%}"
+        rows.append(f"| {' | '.join([STRATA[stratum][0], share, *gains])} |")
+    titles = " | ".join(f"`{plan}`, %" for plan in plans)
+    return markdown(f"| tokens | share | {titles} |", rows)
 
 
 def comparisons(_: str) -> str:
     """The rows of COMPARISONS, those with two seeds or more; the others count as p = 1 in Holm's
     correction, so that the list stays as long as it was written."""
     rows, p_values = [], []
-    for claim, *sides in COMPARISONS:
-        pairs = [[nats(side, seed) for side in sides] for seed in seeds_of(*sides)]
-        shown, p = ["not yet run", "", ""], 1.0
-        if len(pairs) > 1:                              # else there is no spread over seeds
-            tokens = pairs[0][0][1]                     # (documents,) the same for all
-            mean, half, p = t_test([(a - b).sum() / tokens.sum() for (a, _), (b, _) in pairs])
-            documents = bootstrap(np.mean([a - b for (a, _), (b, _) in pairs], 0), tokens)
-            over_seeds = f"{percent(mean - half)} to {percent(mean + half)} ({len(pairs)})"
-            shown = [percent(mean), over_seeds, " to ".join(map(percent, documents))]
-        rows.append([claim, " - ".join(f"`{side}`" for side in sides), *shown])
+    for claim, lower, higher in COMPARISONS:
+        each, tokens = paired(lower, higher)            # (documents,) each
+        shown, p = "not yet run |  | ", 1.0
+        if len(each) > 1:                               # else there is no spread over seeds
+            mean, half, p = t_test([x.sum() / tokens.sum() for x in each])
+            low, high = bootstrap(np.mean(each, 0), tokens)
+            shown = (f"{percent(mean)} | {percent(mean - half)} to {percent(mean + half)} "
+                     f"({len(each)}) | {percent(low)} to {percent(high)}")
+        rows.append(f"| {claim} | `{lower}` - `{higher}` | {shown}")
         p_values.append(p)
-    for row, p in zip(rows, holm(p_values)):
-        row.append(f"{p:.3f}".replace("0.000", "<0.001"))
+    rows = [f"{row} | {p:.3f} |".replace(" 0.000 |", " <0.001 |")
+            for row, p in zip(rows, holm(p_values))]
     return markdown("| claim | compared | change, % | over seeds (n) | over documents | p, Holm |",
                     rows)
 
 
-TABLES = {make.__name__: make for make in (cells, mean, change, row, plans, where, comparisons)}
+def write_readme() -> str:
+    """results/template.md, where {{NAME: ARGUMENT, ...}} stands for what that function returns."""
+    makers = {make.__name__: make for make in (cells, mean, change, row, plans, where, comparisons)}
+    return re.sub(r"\{\{(\w+): (.+?)\}\}", lambda marker: makers[marker[1]](*marker[2].split(", ")),
+                  (RESULTS / "template.md").read_text("utf-8"))
 
 
 # --- command line ---------------------------------------------------------------------------------
 
 def main() -> None:
     parser = evaluation.Parser(prog="run_all.py", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(PARTS))
+    parser.add_argument("names", nargs="*", default="all", choices=["all", *PARTS])
     parser.add_argument("--seed", type=int, help="of the parts' seeds, this one alone")
     parser.add_argument("--table", action="store_true", help="write results/README.md")
     args = parser.parse_args()
@@ -469,9 +442,7 @@ def main() -> None:
     if args.table:
         (RESULTS / "README.md").write_text(write_readme(), "utf-8")
         return
-    for name in args.names or PARTS:
-        if name not in PARTS:
-            parser.error(f"{name} is no part: choose {', '.join(PARTS)}")
+    for name in PARTS if "all" in args.names else args.names:
         run_part(name, args.seed)
 
 
