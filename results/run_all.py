@@ -98,7 +98,8 @@ COMPARISONS = (
     ("9. on another corpus", "wikipedia soft", "wikipedia none"),
 )
 
-PLACES = (1, 2, 3, 5, 9, 17)            # in a sentence, from 1: the first of each group of tokens
+# groups of tokens by their place in the sentence: the first place, from 1 -> what they are
+PLACES = {1: "1", 2: "2", 3: "3 or 4", 5: "5 to 8", 9: "9 to 16", 17: "17 or later"}
 # name -> what its tokens are, and where they stand in a table of strata()
 STRATA = {
     "": ("all", np.s_[:]),
@@ -106,8 +107,8 @@ STRATA = {
     "older": ("it began before the window", np.s_[:, :, 1]),
     "new": ("of sentences that the training text does not have", np.s_[..., 0]),
     "copied": ("of sentences that stand there word for word", np.s_[..., 1]),
-} | {str(place): (f"of a sentence, from token {place} on", np.s_[:, i])
-     for i, place in enumerate(PLACES)}
+} | {str(first): (f"token {group} of a sentence", np.s_[:, i])
+     for i, (first, group) in enumerate(PLACES.items())}
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -208,8 +209,7 @@ def score_test(name: str, run: evaluation.Run) -> dict:
         if "no_overlap" in PARTS[name].traps and plan in ("none", "hard", "soft"):
             scored["no_overlap"][plan] = no_overlap(run, plan)
     kept = dict(np.load(path)) if path.exists() else {}
-    for of, x in sums.items():
-        kept[f"{run.config.seed} {of}"] = x.reshape(shape).astype(np.float32)
+    kept |= {f"{run.config.seed} {of}": x.reshape(shape).astype("f4") for of, x in sums.items()}
     with data.replacing(path) as working, open(working, "wb") as file:
         np.savez_compressed(file, **kept)
     return scored
@@ -230,7 +230,7 @@ def strata(run, corpus) -> tuple[np.ndarray, tuple]:
     target = np.arange(1, len(corpus.tokens))
     sentence = np.searchsorted(corpus.sentences, target, side="right") - 1
     document = np.searchsorted(corpus.documents, sentence, side="right") - 1
-    place = np.searchsorted(PLACES, 1 + target - corpus.sentences[sentence], side="right") - 1
+    place = np.searchsorted([*PLACES], 1 + target - corpus.sentences[sentence], side="right") - 1
     T = run.config.block_size
     window = T // 2 * np.maximum(0, -(-(target - T) // (T // 2)))       # where it starts: see score
     older = corpus.sentences[corpus.documents[document]] < window
