@@ -149,9 +149,10 @@ def run_seed(name: str, seed: int) -> dict:
     data.Store.split = leaky_split if "document_end" in part.traps else causal_split
     try:
         train.main(arguments)
-        run = data.read_json(out / "results.json", "plans")
+        run, opened = data.read_json(out / "results.json", "plans"), evaluation.Run.open(out)
+        run["dtype"] = "bfloat16" if opened.autocast()._enabled else "float32"
         if part.split == "test":
-            run |= score_test(name, evaluation.Run.open(out))
+            run |= score_test(name, opened)
     finally:
         begun["seconds"] += round(time.time() - started)
         data.write_json(out / "begun.json", begun)
@@ -162,8 +163,9 @@ def run_seed(name: str, seed: int) -> dict:
 def begin(out: Path) -> dict:
     """The commit at which a run began, and its seconds so far. Ends the program where files are not
     committed, or packages or code, but for comments and docstrings, have changed since then."""
-    if changed := git("status", "--porcelain", "--", ".", ":!results"):
-        sys.exit(f"run_all.py: commit first, outside results/ these are changed:\n{changed}")
+    made = [f":!results/*.{kind}" for kind in ("json", "npz", "md")]
+    if changed := git("status", "--porcelain", "--", ".", *made):
+        sys.exit(f"run_all.py: commit first, these are changed:\n{changed}")
     if not (out / "begun.json").exists():
         out.mkdir(parents=True, exist_ok=True)
         return {"commit": git("rev-parse", "HEAD"), "seconds": 0}
