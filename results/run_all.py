@@ -51,11 +51,6 @@ FROZEN_AND_SOFT = "--plans=none,previous,hard,soft_frozen,soft"
 WIKIPEDIA = "--data=cache/wikipedia.jsonl"              # see results/README.md
 WIDE = "--block_size=256 --batch_size=8"                # as many tokens a step as by default
 PARTS = {
-    # of seeds that chose nothing, until `claims` has them on test
-    "default": Part("--plans=none,hard,soft", split="val"),
-    "default_seconds": Part("--joint_steps=693 --plans=none", split="val"),
-    "default_view": Part("--planner_view=window --plans=soft", split="val"),
-    "default_256": Part(f"{WIDE} --plans=none,soft", (1,), split="val"),
     "claims": Part("--plans=all", FIVE, traps="no_overlap"),
     # the rates of stage joint halved, and doubled
     "rates_low": Part(f"--joint_lr=2e-3 --joint_planner_lr=1e-4 {RATED}", THREE, "claims", "val"),
