@@ -203,7 +203,7 @@ def score_test(name: str, run: evaluation.Run) -> dict:
         sums[plan] = np.bincount(stratum, scores.nll, math.prod(shape))
         scored["test"][plan] = evaluation.summary(scores, corpus, run.store().bytes["test"])
         scored["stream"][plan] = stream(run, plan)
-        if "no_overlap" in PARTS[name].traps and plan in ("none", "hard", "soft"):
+        if "no_overlap" in PARTS[name].traps:
             scored["no_overlap"][plan] = no_overlap(run, plan)
     kept = dict(np.load(path)) if path.exists() else {}
     kept |= {f"{run.config.seed} {of}": x.reshape(shape).astype("f4") for of, x in sums.items()}
@@ -213,7 +213,8 @@ def score_test(name: str, run: evaluation.Run) -> dict:
 
 
 def stream(run, plan: str) -> float:
-    """Nats a token in each tenth step of stage joint's last third, in windows new to that stage."""
+    """Nats a token in each tenth step of stage joint's last third, in windows that are new to that
+    stage and do not overlap: to be compared with no_overlap."""
     lines = map(json.loads, (run.out / "metrics.jsonl").read_text("utf-8").splitlines())
     losses = {line["step"]: line["loss"] for line in lines      # of a step done twice, the last
               if line["stage"] == f"joint_{plan}" and "loss" in line}
@@ -347,8 +348,8 @@ def markdown(header: str, rows: list[str]) -> str:
 def figures(side: str, split: str, key: str = "nll") -> dict[int, float | None]:
     """seed -> a figure of "PART PLAN" on the split."""
     part, plan = side.split()
-    found = {seed: run["plans" if split == "val" else split][plan]
-             for seed, run in finished(part).items()}
+    runs = {seed: run["plans" if split == "val" else split] for seed, run in finished(part).items()}
+    found = {seed: run[plan] for seed, run in runs.items() if plan in run}
     return {seed: x[key] if isinstance(x, dict) else x for seed, x in found.items()}
 
 
@@ -381,7 +382,8 @@ def plans(part: str, split: str = "test") -> str:
     """A part's plans, against its own `none`."""
     names = re.search(r"--plans=(\S+)", PARTS[part].options)[1]
     rows = [row(f"`{plan}`", f"{part} {plan}", f"{part} none", split)
-            for plan in train.Config(plans=names).plan_names]
+            for plan in train.Config(plans=names).plan_names
+            if all(plan in run["plans"] for run in finished(part).values())]    # a later one isn't
     columns = "| plan | perplexity | against `none` (each seed) | bits per byte | label nats |"
     return markdown(columns, rows)
 
