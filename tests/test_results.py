@@ -38,7 +38,7 @@ def test_a_figure_in_a_sentence_stands_in_a_table():
     tables = {figure for line in PAGE.splitlines() if line.startswith("|")
               for figure in re.findall(r"\d+\.\d+", line)}
     sentences = " ".join(line for line in PAGE.splitlines() if not line.startswith("|"))
-    assert set(re.findall(r"\d+\.\d+", sentences)) <= tables
+    assert set(re.findall(r"\d+\.\d+", sentences)) <= tables | {"0.05"}     # the level of p
 
 
 def test_the_readmes_rows_are_those_of_results():
