@@ -63,13 +63,10 @@ def test_no_text_of_the_corpus_ends_the_element_that_holds_it(run):
     assert all(markup in "".join(Page(run).data["documents"]["tokens"]) for markup in MARKUP)
 
 
-def test_the_figures_are_evals(run):
-    results = evaluate(run, run.corpus("val"), run.store().bytes["val"], "val")
-    assert Page(run).data["results"] == results
-
-
-def test_every_token_has_the_nats_of_every_plan(run):
-    documents = Page(run).data["documents"]
+def test_the_figures_are_evals_and_every_token_has_the_nats_of_every_plan(run):
+    shown = Page(run).data
+    assert shown["results"] == evaluate(run, run.corpus("val"), run.store().bytes["val"], "val")
+    documents = shown["documents"]
     corpus = run.label(report.example_documents(run.corpus("val"), run.tokenizer))
     assert list(documents["nll"]) == list(PLANS) and documents["labels"] == corpus.labels.tolist()
     for plan, nll in documents["nll"].items():

@@ -18,8 +18,8 @@ import train
 
 run_all = importlib.import_module("run_all")
 FILES = sorted(ROOT.glob("results/*.json"))
-PAGE = (ROOT / "results/README.md").read_text("utf-8")
-TEMPLATE = (ROOT / "results/template.md").read_text("utf-8")
+PAGE, TEMPLATE, README = ((ROOT / name).read_text("utf-8") for name in (
+    "results/README.md", "results/template.md", "README.md"))
 
 
 def test_results_readme_is_what_the_json_files_give_and_names_each():
@@ -34,17 +34,24 @@ def test_no_figure_in_a_table_is_typed_by_hand():
             assert not re.search(r"\d", typed), line
 
 
-def test_a_figure_in_a_sentence_stands_in_a_table():
+def test_figures_in_sentences_and_in_the_readme_stand_in_the_tables():
     tables = {figure for line in PAGE.splitlines() if line.startswith("|")
               for figure in re.findall(r"\d+\.\d+", line)}
     sentences = " ".join(line for line in PAGE.splitlines() if not line.startswith("|"))
-    assert set(re.findall(r"\d+\.\d+", sentences)) <= tables | {"0.05"}     # the level of p
-
-
-def test_the_readmes_rows_are_those_of_results():
-    section = (ROOT / "README.md").read_text("utf-8").split("## What comes out")[1].split("\n#")[0]
+    sentences += README.split("## The method")[0] + README.split("## The paper's claims")[1]
+    assert set(re.findall(r"\b\d{1,2}\.\d+", sentences)) <= tables | {"0.05"}     # the level of p
+    section = README.split("## What comes out")[1].split("\n#")[0]
     rows = [line for line in section.splitlines() if re.match(r"\|.*\d\.\d", line)]
     assert len(rows) >= 5 and [row for row in rows if row not in PAGE.splitlines()] == []
+
+
+def test_a_verdict_is_what_its_comparison_decides():
+    compared = re.findall(r"^\| (\d)\. .* \| (\S+) \| .* to .* \| <?(\S+) \|$", PAGE, re.M)
+    p_values = {(claim, change): float(p) for claim, change, p in compared}
+    verdicts = re.findall(r"\((\d)\) \| .* \| (not held|held)(, the opp)?.*: .*?(\S+) % \(", PAGE)
+    assert len(verdicts) == 10
+    for claim, verdict, opposite, change in verdicts:
+        assert (p_values[claim, change] < 0.05) == (verdict == "held" or opposite != "")
 
 
 @pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
@@ -55,18 +62,14 @@ def test_a_commit_that_a_file_names_exists(path):
         assert run_all.git("cat-file", "-t", commit) == "commit"
 
 
-@pytest.mark.parametrize("name", run_all.PARTS)
-def test_a_part_has_options_of_train_and_a_start_that_is_run_before_it(name, tmp_path):
-    part, names = run_all.PARTS[name], list(run_all.PARTS)
-    train.parse_config([*part.options.split(), f"--out_dir={tmp_path}"])
-    assert part.start in names[:names.index(name)] + [""]
-
-
-def test_comparisons_are_of_plans_that_are_run_and_scored_on_test(tmp_path):
+def test_parts_can_be_run_and_comparisons_are_of_what_they_score_on_test(tmp_path):
+    plans, out = {}, f"--out_dir={tmp_path}"
+    for name, part in run_all.PARTS.items():
+        assert part.start in [*plans, ""]               # run before it
+        plans[name] = train.parse_config([*part.options.split(), out]).plan_names
     for part, plan, *of in (side.split() for _, *sides in run_all.COMPARISONS for side in sides):
-        options = run_all.PARTS[part].options.split()
-        assert plan in train.parse_config([*options, f"--out_dir={tmp_path}"]).plan_names
-        assert set(of) <= set(run_all.STRATA) and run_all.PARTS[part].split == "test"
+        assert plan in plans[part] and run_all.PARTS[part].split == "test"
+        assert set(of) <= set(run_all.STRATA)
 
 
 @pytest.mark.parametrize("name", [path.stem for path in ROOT.glob("results/*.npz")])
