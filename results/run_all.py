@@ -59,8 +59,9 @@ PARTS = {
     "seconds": Part("--joint_steps=693 --plans=none", FIVE, "claims"),
     "seconds_all": Part("--joint_steps=800 --plans=none", FIVE, "claims"),
     "parameters": Part("--n_layer=7 --plans=none", FIVE),
-    # the planner sees what the GPT sees, from its own stage on
+    # the planner sees what the GPT sees, from its own stage on; and until that has as many labels
     "memory": Part("--planner_view=window --plans=previous,hard,soft_frozen,soft", FIVE, "claims"),
+    "memory_long": Part("--planner_view=window --planner_steps=2400 --plans=soft", FIVE, "claims"),
     "traps_end": Part("--plans=none,hard,soft", traps="document_end no_overlap"),
     "window_128": Part("--block_size=128 --batch_size=16 --plans=none,hard,soft"),
     "window_256": Part(f"{WIDE} --plans=none,hard,soft"),
