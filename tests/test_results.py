@@ -49,7 +49,7 @@ def test_a_verdict_is_what_its_comparison_decides():
     compared = re.findall(r"^\| (\d)\. .* \| (\S+) \| .* to .* \| <?(\S+) \|$", PAGE, re.M)
     p_values = {(claim, change): float(p) for claim, change, p in compared}
     verdicts = re.findall(r"\((\d)\) \| .* \| (not held|held)(, the opp)?.*: .*?(\S+) % \(", PAGE)
-    assert len(verdicts) == 11
+    assert len(verdicts) == 13
     for claim, verdict, opposite, change in verdicts:
         assert (p_values[claim, change] < 0.05) == (verdict == "held" or opposite != "")
 
