@@ -2,8 +2,8 @@
 
 A sentence's vector is the mean of its token embeddings in the GPT of stage lm, weighted by
 a / (a + p(token)), which tones down frequent tokens (SIF: Arora, Liang and Ma, "A Simple but
-Tough-to-Beat Baseline for Sentence Embeddings", ICLR 2017); the training split's mean is removed,
-and the length is made 1. NOTE(paper): the paper has vectors of a pretrained sentence encoder.
+Tough-to-Beat Baseline for Sentence Embeddings", ICLR 2017); the training split's mean is removed
+(by SIF, the first component), and the length made 1. NOTE(paper): a pretrained encoder's.
 """
 import math
 import re
@@ -136,9 +136,9 @@ def label_before(corpus: Corpus, k: int) -> np.ndarray:
 
 
 def label_bigram(corpus: Corpus, k: int) -> torch.Tensor:
-    """(K + 2, K) log probabilities: of a label after each label, at a document's start, and, in the
-    last row, by frequency: what a planner must beat. They are smoothed as if 128 more sentences had
-    followed each label, by frequency: the best power of two on the default's validation split."""
+    """(K + 2, K) log probabilities of a label: after each label, at a document's start, and, in the
+    last row, by frequency alone. A planner must beat them. They are smoothed as if 128 more labels
+    had come after each, by frequency: the best power of two on the default's validation split."""
     pairs = label_before(corpus, k) * k + corpus.labels     # a number for each (before, label)
     counts = np.bincount(pairs, minlength=(k + 1) * k).reshape(k + 1, k)    # (K+1, K)
     frequency = (counts.sum(0) + 1) / (counts.sum() + k)                    # (K,)
@@ -154,7 +154,7 @@ def describe(labeler: Labeler, corpus: Corpus, tokenizer: tiktoken.Encoding) -> 
     away = corpus.vectors[sample] - centroids[labels[sample]]               # (n, E)
     order = sample[np.square(away).sum(1).argsort()]        # the nearest to its centroid first
     # a word counts once a document (a thousand sentences of it): else one file's identifiers win
-    places = np.searchsorted(corpus.documents, order, side="right") + order // 1000     # (n,)
+    places = np.searchsorted(corpus.documents, order, side="right") + order // 1000  # both grow
     holders, typical = [set() for _ in centroids], [{} for _ in centroids]
     for j, label, place in zip(order, labels[order], places.tolist()):
         tokens = corpus.tokens[corpus.sentences[j]:corpus.sentences[j + 1]]

@@ -3,10 +3,10 @@
 Shapes, here and everywhere: B batch, T tokens, S sentences, K labels, C model width,
 E sentence-vector width, V vocabulary, H heads, D head width.
 
-The GPT is GPT-2 (Radford et al., 2019) without dropout and biases, with the exact GELU, which torch
-computes faster, with rotary positions instead of learned ones (worth 0.01 nats a token at T = 64),
-and with a norm behind the token embedding (0.11, see results/README.md). Step 4: in every block a
-linear map of the plan, zero at the start, is added to the attention output, before its projection.
+The GPT is GPT-2 (Radford et al., 2019) without dropout, with biases in its norms alone, the exact
+GELU, which torch computes faster, rotary positions (worth little at T = 64), and a norm behind the
+token embedding (worth 0.11 nats, see results/README.md). Step 4: in every block a linear map of the
+plan, zero at the start, is added to the attention output, before its projection.
 """
 import functools
 import math
@@ -76,7 +76,7 @@ def gumbel_noise(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor
 
 
 def attend(q, k, v, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D)) v for q, k, v (B, H, T, D); causal, or by mask (B, 1, T, T)."""
+    """softmax(q k^T / sqrt(D)) v for q, k, v (B, H, T, D); causal, or where mask (B, 1, T, T)."""
     if q.device.type != "cpu" or k.shape[2] > 512:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
     # On a CPU torch's fused kernel, made for long rows, is five times slower than this at T = 64.
@@ -86,7 +86,7 @@ def attend(q, k, v, mask: torch.Tensor | None = None) -> torch.Tensor:
     return scores.masked_fill(~mask, -math.inf).softmax(-1) @ v
 
 
-@functools.lru_cache(maxsize=16)        # made once for each shape; --compile makes it a part of all
+@functools.lru_cache(maxsize=16)        # made once for each shape; compiled code has its own
 def rotary_table(T: int, D: int, device, dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin (T, D) of the angle by which position t turns the pair (i, i + D/2) of entries:
     by t for i = 0, and more and more slowly for the others."""
@@ -183,7 +183,7 @@ class GPT(nn.Module):
             first_row = plan.shape[1] * torch.arange(B, device=tokens.device)
             row_of_token = first_row[:, None] + sentence_id                 # (B, T)
         x = self.wte(tokens)                                                # (B, T, C)
-        x = F.layer_norm(x, x.shape[-1:])               # entries of 0.02 would be drowned
+        x = F.layer_norm(x, x.shape[-1:])               # else the blocks drown its entries of 0.02
         for block in self.blocks:
             x = block(x, plan, row_of_token)
         x = self.ln_f(x)                                                    # (B, T, C)
