@@ -46,13 +46,12 @@ class Part:
 
 
 THREE, FIVE = (1, 2, 3), (1, 2, 3, 4, 5)                # seed 0 chose most of the defaults
-RATED = "--plans=none,hard,straight_through,soft"
+RATED = "--plans=none,hard,straight_through,soft"       # at half and at twice stage joint's rates
 FROZEN_AND_SOFT = "--plans=none,previous,hard,soft_frozen,soft"
 WIKIPEDIA = "--data=cache/wikipedia.jsonl"              # see results/README.md
 WIDE = "--block_size=256 --batch_size=8"                # as many tokens a step as by default
 PARTS = {
     "claims": Part("--plans=all", FIVE, traps="no_overlap"),
-    # the rates of stage joint halved, and doubled
     "rates_low": Part(f"--joint_lr=2e-3 --joint_planner_lr=1e-4 {RATED}", THREE, "claims", "val"),
     "rates_high": Part(f"--joint_lr=8e-3 --joint_planner_lr=4e-4 {RATED}", THREE, "claims", "val"),
     # for as many seconds as `soft`, with those of stages labels and planner, and as many parameters
@@ -65,7 +64,8 @@ PARTS = {
     "traps_end": Part("--plans=none,hard,soft", traps="document_end no_overlap"),
     "window_128": Part("--block_size=128 --batch_size=16 --plans=none,hard,soft"),
     "window_256": Part(f"{WIDE} --plans=none,hard,soft"),
-    "memory_256": Part(f"{WIDE} --planner_view=window --plans=soft", start="window_256"),
+    "memory_256": Part(f"{WIDE} --planner_view=window --planner_steps=750 --plans=soft",
+                       start="window_256"),
     "wikipedia": Part(f"{WIKIPEDIA} {FROZEN_AND_SOFT},oracle"),
     "wikipedia_256": Part(f"{WIKIPEDIA} {WIDE} {FROZEN_AND_SOFT}"),
 }
