@@ -2,8 +2,8 @@
 
 A sentence's vector is the mean of its token embeddings in the GPT of stage lm, weighted by
 a / (a + p(token)), which tones down frequent tokens (SIF: Arora, Liang and Ma, "A Simple but
-Tough-to-Beat Baseline for Sentence Embeddings", ICLR 2017); the training split's mean is removed
-(by SIF, the first component), and the length made 1. NOTE(paper): a pretrained encoder's.
+Tough-to-Beat Baseline for Sentence Embeddings", ICLR 2017, which then removes a component, not, as
+here, the mean); the length is made 1. NOTE(paper): a pretrained sentence encoder's vectors.
 """
 import math
 import re

@@ -157,7 +157,7 @@ def make_labels(run: Run) -> None:
 def train_joint(run: Run, plan: str) -> None:
     """Steps 4 and 5: the GPT under a plan, and end to end the planner, on the next-token loss."""
     c, model = run.config, run.new_model(plan)
-    model.load_state_dict(run.load("lm")["model"], strict=False)    # it has no plan maps
+    model.load_state_dict(run.load("lm")["model"], strict=False)    # plan maps stay 0
     if plan != "none":
         model.gpt.label_emb.data = run.labeler.centroids.cpu().clone()      # (K, C): here E = C
     if model.planner is not None:                       # it predicts labels already
@@ -245,7 +245,7 @@ def make_batch(run: Run, stage: str, step: int, micro: int) -> data.Batch:
     """A rank's micro-batch: a function of seed, stage and step, the same for all plans."""
     c, corpus = run.config, run.corpus("train")
     length, width = len(corpus.tokens), c.block_size
-    rows = stage == "planner" and c.planner_view == "document"      # of sentences; else few labels
+    rows = stage == "planner" and c.planner_view == "document"  # of sentences; windows have fewer
     if rows:                    # twice its reach: half of the slots have as much behind them
         length, width = corpus.n_sentences, min(2 * c.planner_reach, corpus.n_sentences // 2)
     seed = c.seed, list(STAGE_OPTIONS).index(stage)     # each stage draws its own
@@ -290,7 +290,7 @@ class Muon(torch.optim.Optimizer):
             momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)
             update = orthogonal(p.grad.lerp(momentum, 0.95))        # Nesterov's
             p.mul_(1 - lr * group["weight_decay"])
-            p.add_(update, alpha=-lr * max(1, p.shape[0] / p.shape[1]) ** 0.5)     # the source's
+            p.add_(update, alpha=-lr * max(1, p.shape[0] / p.shape[1]) ** 0.5)  # the source's scale
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:

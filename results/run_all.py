@@ -58,7 +58,7 @@ PARTS = {
     "seconds": Part("--joint_steps=693 --plans=none", FIVE, "claims"),
     "seconds_all": Part("--joint_steps=800 --plans=none", FIVE, "claims"),
     "parameters": Part("--n_layer=7 --plans=none", FIVE),
-    # the planner sees what the GPT sees, from its own stage on; and until that has as many labels
+    # the planner sees what the GPT sees, from its own stage on; then trained on as many labels, too
     "memory": Part("--planner_view=window --plans=previous,hard,soft_frozen,soft", FIVE, "claims"),
     "memory_long": Part("--planner_view=window --planner_steps=2400 --plans=soft", FIVE, "claims"),
     "traps_end": Part("--plans=none,hard,soft", traps="document_end no_overlap"),
