@@ -1,12 +1,13 @@
-"""Causal sentences, batches, tokenizer, the store on disk, corpora (step 1 of the method).
+"""Text into causal sentences, windows for training, the tokenizer, corpora and files.
 
-Three decisions shape this file.
-- A sentence boundary is a function of the bytes before it, never of those after it. A splitter that
-  looks ahead tells the model, by the moment at which the plan changes, what the next token will be.
-- Our tokenizer glues a space to the word *before* it ("end. " + "Next "): a boundary falls between
-  two tokens. GPT-2's glues it to the word after, which then closes the old sentence.
-- A corpus is a stream `<|endoftext|> document <|endoftext|> document <|endoftext|> ...`; its tokens
-  alone say where sentences and documents start (`Corpus.from_tokens`).
+Three decisions shape this file:
+- Whether a sentence ends at a byte depends on the bytes before it, never on those after it. A
+  splitter that looks ahead would tell the model, through the moment at which the plan changes,
+  what the next token will be.
+- Our tokenizer glues a space to the word before it ("end. " + "Next "), so a sentence boundary
+  falls between two tokens. GPT-2's glues it to the word after, which then ends the old sentence.
+- A corpus is a stream `<|endoftext|> document <|endoftext|> document <|endoftext|> ...`. Its tokens
+  alone say where sentences and documents start.
 """
 import ast
 import contextlib
@@ -16,9 +17,10 @@ import hashlib
 import heapq
 import itertools
 import json
+import pickle
 import re
+import tempfile
 import warnings
-import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -32,445 +34,630 @@ from tqdm import tqdm
 
 EOT = "<|endoftext|>"
 SPLITS = ("train", "val", "test")
-MIN_BYTES = 24                          # at least, but for a document's last sentence
-SOFT_BYTES = 240                        # from here on, any space ends it
-HARD_BYTES = 320                        # here it ends, behind a whole character
+
+
+class InputError(Exception):
+    """A mistake of the user. The command line prints it as one line and exits with code 2."""
+
+
+# --- sentences ------------------------------------------------------------------------------------
+MIN_BYTES = 24          # a sentence is at least this long, unless it is the last of its document
+SOFT_BYTES = 240        # from this length on, any space ends it
+HARD_BYTES = 320        # at this length it ends after the next whole character
 # Each alternative ends at the byte that it consumes and looks only backwards, so the leftmost match
 # is also the first boundary, whatever follows. In order: a space after a stop; the same with a
-# closing quote or bracket between; the end of a line shorter than 60 bytes (a heading, list item,
-# doctest or verse, for lines wrapped at a margin are longer); a full-width stop.
-STOP = re.compile(rb"""[ \n](?<=[.!?].)|[ \n](?<=[.!?]["')\]`*].)|\n(?<![^\n]{60}\n)"""
-                  rb"""|\xe3\x80\x82|\xef\xbc[\x81\x9f]""", re.DOTALL)
+# closing quote or bracket in between; the end of a line shorter than 60 bytes (a heading, a list
+# item, a line of code: prose is wrapped later than that); a full-width stop.
+STOP = re.compile(
+    rb"""[ \n](?<=[.!?].)"""
+    rb"""|[ \n](?<=[.!?]["')\]`*].)"""
+    rb"""|\n(?<![^\n]{60}\n)"""
+    rb"""|\xe3\x80\x82|\xef\xbc[\x81\x9f]""",
+    re.DOTALL,
+)
 SPACE = re.compile(rb"[ \n]|\xe3\x80\x82|\xef\xbc[\x81\x9f]")
-CHARACTER = re.compile(rb"[\x00-\x7f]|[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}"
-                       rb"|[\xf0-\xf4][\x80-\xbf]{3}")         # a stray byte is none, and waits
+# One whole UTF-8 character. A stray byte is not one, so the sentence goes on past it.
+CHARACTER = re.compile(
+    rb"[\x00-\x7f]|[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}"
+)
 
 
-def boundaries(text: bytes) -> list[int]:
-    """Byte offsets just after each finished sentence of a document; text[:n] gives those <= n."""
-    ends, start = [], 0
-    while match := (STOP.search(text, start + MIN_BYTES - 1, start + SOFT_BYTES)
-                    or SPACE.search(text, start + SOFT_BYTES, start + HARD_BYTES)
-                    or CHARACTER.search(text, start + HARD_BYTES - 1)):     # never half of one
+def boundaries(text):
+    """Byte offsets just after each finished sentence of a document.
+
+    boundaries(text[:n]) are the offsets of boundaries(text) up to n. The end of the input is not a
+    boundary.
+    """
+    ends = []
+    start = 0
+    while True:
+        match = STOP.search(text, start + MIN_BYTES - 1, start + SOFT_BYTES)
+        if match is None:
+            match = SPACE.search(text, start + SOFT_BYTES, start + HARD_BYTES)
+        if match is None:
+            match = CHARACTER.search(text, start + HARD_BYTES - 1)
+        if match is None:
+            return ends
         start = match.end()
         ends.append(start)
-    return ends                         # the end of the input is not a boundary
 
 
-def segment(text: str) -> list[str]:
-    """Cuts text into sentences, causally and without loss: ''.join(segment(text)) == text."""
+def segment(text):
+    """Cut text into sentences, causally and without loss: ''.join(segment(text)) == text."""
     raw = text.encode()
     cuts = [0, *boundaries(raw), len(raw)]
     return [raw[a:b].decode() for a, b in itertools.pairwise(cuts) if a < b]
 
 
-def sentence_ends(tokens: np.ndarray, tokenizer: tiktoken.Encoding) -> np.ndarray:
-    """tokens (T,) -> bool (T,): whether a sentence ends in each, as in `<|endoftext|>`. It never
-    looks ahead: sentence_ends(tokens[:n]) == sentence_ends(tokens)[:n]."""
-    every_token = tokenizer.decode_tokens_bytes(range(tokenizer.n_vocab))
-    sizes = np.array([len(token) for token in every_token])                 # (V,) in bytes
-    ends = np.asarray(tokens) == tokenizer.eot_token                        # (T,)
+@functools.lru_cache(maxsize=4)
+def token_sizes(tokenizer):
+    """(V,) the length of each token in bytes."""
+    tokens = tokenizer.decode_tokens_bytes(range(tokenizer.n_vocab))
+    return np.array([len(token) for token in tokens])
+
+
+def sentence_ends(tokens, tokenizer):
+    """tokens (T,) -> bool (T,): whether a sentence ends with each token.
+
+    It never looks ahead: sentence_ends(tokens[:n]) == sentence_ends(tokens)[:n].
+    """
+    tokens = np.asarray(tokens)
+    sizes = token_sizes(tokenizer)
+    ends = tokens == tokenizer.eot_token
     start = 0
-    for stop in [*np.flatnonzero(ends).tolist(), len(tokens)]:
+    for stop in [*np.flatnonzero(ends), len(tokens)]:
         document = tokens[start:stop]
-        cuts = boundaries(tokenizer.decode_bytes(document.tolist()))        # in bytes
-        ends[start + np.searchsorted(sizes[document].cumsum(), cuts)] = True    # holds the last one
-        start = stop + 1                # behind <|endoftext|>
+        cuts = boundaries(tokenizer.decode_bytes(document.tolist()))
+        # A sentence ends with the token that contains the last byte before the boundary.
+        closing = np.searchsorted(sizes[document].cumsum(), cuts)
+        ends[start + closing] = True
+        start = stop + 1
     return ends
 
 
 @dataclass
 class Corpus:
-    """A stream of N tokens in n finished sentences and d documents."""
+    """A stream of N tokens, cut into n finished sentences and d documents."""
     tokens: np.ndarray                      # (N,) <|endoftext|> first, then after each document
-    sentences: np.ndarray                   # (n+1,) where each starts; the last is not finished
-    documents: np.ndarray                   # (d,) where each starts, in sentences
-    vectors: np.ndarray | None = None       # (n, E) of the finished sentences; None before step 2
-    labels: np.ndarray | None = None        # (n,) the same
+    sentences: np.ndarray                   # (n+1,) first token of each; the last one is unfinished
+    documents: np.ndarray                   # (d,) first sentence of each
+    vectors: np.ndarray | None = None       # (n, E) float16, once stage labels is done
+    labels: np.ndarray | None = None        # (n,) likewise
 
     @classmethod
-    def from_tokens(cls, tokens: np.ndarray, tokenizer: tiktoken.Encoding) -> "Corpus":
-        """Step 1: the structure of any stream, from its tokens alone; none of it looks ahead."""
-        ends = np.flatnonzero(sentence_ends(tokens, tokenizer))             # (n,)
-        # <|endoftext|> belongs to the document that it ends: the next one starts behind it.
-        closed = np.flatnonzero(tokens[ends] == tokenizer.eot_token)        # (d-1,)
-        return cls(tokens, np.append(0, ends + 1), np.append(0, closed + 1))
+    def from_tokens(cls, tokens, tokenizer):
+        """Find sentences and documents in a stream of tokens (N,), without looking ahead."""
+        ends = np.flatnonzero(sentence_ends(tokens, tokenizer))
+        # <|endoftext|> belongs to the document that it ends, so the next one starts after it.
+        closes_document = tokens[ends] == tokenizer.eot_token
+        document_ends = np.flatnonzero(closes_document)
+        return cls(tokens, np.append(0, ends + 1), np.append(0, document_ends + 1))
 
     @classmethod
-    def from_texts(cls, texts: Iterable[str], tokenizer: tiktoken.Encoding) -> "Corpus":
-        """`<|endoftext|>`, then each document with one behind it."""
-        eot = [tokenizer.eot_token]
-        parts = [tokenizer.encode_ordinary(text) + eot for text in texts]
-        return cls.from_tokens(np.concatenate([eot, *parts]), tokenizer)    # (N,)
+    def from_texts(cls, texts, tokenizer):
+        """The stream of these documents: `<|endoftext|>`, then each document followed by one."""
+        tokens = [tokenizer.eot_token]
+        for text in texts:
+            tokens += tokenizer.encode_ordinary(text)
+            tokens.append(tokenizer.eot_token)
+        return cls.from_tokens(np.array(tokens), tokenizer)
 
     @property
-    def n_sentences(self) -> int:
-        return len(self.sentences) - 1      # finished ones
+    def n_sentences(self):
+        """The number of finished sentences."""
+        return len(self.sentences) - 1
+
+    def sentence_of(self, positions):
+        """The sentence that contains each token position; any shape."""
+        return np.searchsorted(self.sentences, positions, side="right") - 1
+
+    def opening_of(self, sentences):
+        """The first sentence of the document that contains each sentence; any shape."""
+        document = np.searchsorted(self.documents, sentences, side="right") - 1
+        return self.documents[document]
 
 
 # --- batches --------------------------------------------------------------------------------------
 @dataclass
 class Batch:
-    """Windows of tokens; for each, the P sentences that the planner may read. The last S are those
-    that the targets touch or, where these are fewer, some before. README: "A worked example"."""
+    """B windows of T tokens; for each, the P sentences that the planner reads.
+
+    The last S of the P slots hold the sentences that the targets touch, which need a plan.
+    """
     tokens: torch.Tensor                            # (B, T)
-    targets: torch.Tensor                           # (B, T) the next token, -1 beyond the end
-    sentence_id: torch.Tensor | None = None         # (B, T) in 0..S-1, of the target
-    vectors: torch.Tensor | None = None             # (B, P, E)
-    first: torch.Tensor | None = None               # (B, P) whether the view starts anew there
-    labels: torch.Tensor | None = None              # (B, S) -1: not touched, or not finished
-    previous: torch.Tensor | None = None            # (B, S) of the sentence before; -1: not in view
+    targets: torch.Tensor                           # (B, T) the next token; -1 past the end
+    sentence_id: torch.Tensor | None = None         # (B, T) in 0..S-1: the sentence of the target
+    vectors: torch.Tensor | None = None             # (B, P, E) float16; zeros in empty slots
+    first: torch.Tensor | None = None               # (B, P) True where the planner starts afresh
+    labels: torch.Tensor | None = None              # (B, S) -1: not touched, or unfinished
+    previous: torch.Tensor | None = None            # (B, S) of the sentence before; -1: out of view
 
-    def to(self, device: torch.device) -> "Batch":
-        present = {name: x for name, x in vars(self).items() if x is not None}
-        if device.type == "cuda":                   # from pinned memory, the copy does not wait
-            present = {name: x.pin_memory() for name, x in present.items()}
-        return Batch(**{name: x.to(device, non_blocking=True) for name, x in present.items()})
+    def to(self, device):
+        """The same batch on a device."""
+        moved = {}
+        for name, x in vars(self).items():
+            if x is not None and device.type == "cuda":
+                # A copy from pinned memory doesn't wait for the GPU.
+                x = x.pin_memory()
+            if x is not None:
+                moved[name] = x.to(device, non_blocking=True)
+        return Batch(**moved)
+
+    def mark_dynamic(self):
+        """Tell torch.compile that P and S vary, so that it compiles once for all of them."""
+        for x in (self.vectors, self.first, self.labels, self.previous):
+            if x is not None:
+                torch._dynamo.maybe_mark_dynamic(x, 1)
 
 
-def window_batch(corpus: Corpus, starts: np.ndarray, width: int, reach: int = 0,
-                 view: str = "document") -> Batch:
-    """The windows of T = width inputs from each of `starts` (B,). The planner reads at most `reach`
-    sentences of the document before those touched; with view="window", only those wholly within."""
-    at = starts[:, None] + np.arange(width + 1)                             # (B, T+1)
-    inside = at < len(corpus.tokens)
-    tokens = corpus.tokens[np.where(inside, at, 0)].astype(np.int64)
-    arrays = {"tokens": tokens[:, :-1], "targets": np.where(inside, tokens, -1)[:, 1:]}
-    if corpus.vectors is None:
-        return _batch(**arrays)             # nobody plans before step 2
-    # Position t predicts token t+1, so it gets the plan of the sentence that holds token t+1.
-    sentence = np.searchsorted(corpus.sentences, at[:, 1:], side="right") - 1           # (B, T)
-    touched, last = sentence[:, :1], sentence[:, -1:]                       # (B, 1)
-    own = np.searchsorted(corpus.documents, touched, side="right") - 1      # (B, 1) document
-    context = reach if view == "document" else 0
-    earliest = np.maximum(corpus.documents[own], touched - context)         # (B, 1) in view
-    # Few different shapes: each new one costs memory, and time where the model is compiled.
-    S = 8 * -(-np.max(last - touched + 1) // 8)
-    P = 8 * -(-max(S, np.max(last - earliest + 1)) // 8)
-    index = last + np.arange(1 - P, 1)      # (B, P) the sentence in each slot, the last one last
+def round_up(n, multiple):
+    """The smallest multiple of `multiple` that is not below n."""
+    return -(-n // multiple) * multiple
+
+
+def window_batch(corpus, starts, block_size, reach=0, view="document"):
+    """The windows of T = block_size tokens that start at `starts` (B,), as a Batch.
+
+    For each window:
+      1. Cut out tokens and targets.
+      2. Find the sentence of each target. The sentences from the first to the last of them are
+         touched by this window; they need a plan.
+      3. The planner reads these and up to `reach` sentences before them, all of the same document.
+         With view="window" it reads only sentences that lie wholly within the window.
+      4. Put them into P slots, the last one into the last slot (see _fill_slots).
+
+    A window that touches sentences 7 to 9, whose document opened with sentence 4, at reach = 2:
+
+        slot         0   1   2   3   4   5   6   7
+        sentence     -   -   -   5   6   7   8   9
+        first        x   x   x   x
+        labels      -1  -1  -1  -1  -1   7   8   9      (those of sentences 7, 8 and 9)
+        sentence_id                      5   6   7      (here S = P = 8)
+    """
+    positions = starts[:, None] + np.arange(block_size + 1)                 # (B, T+1)
+    tokens = corpus.tokens.take(positions, mode="clip").astype(np.int64)
+    targets = np.where(positions < len(corpus.tokens), tokens, -1)
+    batch = Batch(torch.from_numpy(tokens[:, :-1]), torch.from_numpy(targets[:, 1:]))
+    if corpus.labels is None:
+        # No labels yet: stage lm trains without plans.
+        return batch
+    # Position t predicts token t+1, so it gets the plan of the sentence that contains token t+1.
+    sentence = corpus.sentence_of(positions[:, 1:])                         # (B, T)
+    touched = sentence[:, :1]                                               # (B, 1) the first one
+    last = sentence[:, -1:]                                                 # (B, 1)
+    if view == "document":
+        earliest = np.maximum(corpus.opening_of(touched), touched - reach)  # (B, 1)
+        _fill_slots(batch, corpus, earliest, touched, last)
+    else:
+        _fill_slots(batch, corpus, touched, touched, last, starts[:, None])
+    S = batch.labels.shape[1]
+    batch.sentence_id = torch.from_numpy(sentence - last + S - 1)
+    return batch
+
+
+def sentence_batch(corpus, starts, width):
+    """Runs of `width` consecutive sentences from `starts` (B,), to train the planner alone."""
+    no_tokens = torch.zeros((len(starts), 0), dtype=torch.long)
+    batch = Batch(no_tokens, no_tokens)
+    first = starts[:, None]
+    _fill_slots(batch, corpus, first, first, first + width - 1)
+    return batch
+
+
+def _fill_slots(batch, corpus, earliest, touched, last, window_start=0):
+    """Put sentences `earliest` to `last` (B, 1) into slots; those from `touched` on have labels.
+
+    A slot is marked `first` where the planner starts afresh: at the edge of the view, where a
+    document opens, after a sentence that started before token window_start, and in empty slots.
+    """
+    # Multiples of 8 keep the number of different shapes small.
+    S = round_up(int((last - touched).max()) + 1, 8)
+    P = round_up(int((last - earliest).max()) + 1, 8)
+    index = last + np.arange(1 - P, 1)                                      # (B, P)
     in_view = index >= earliest
-    finished = in_view & (index < corpus.n_sentences)       # an unfinished one has no vector
-    known = np.where(finished, index, 0)                    # any valid index: it is masked below
-    document = np.searchsorted(corpus.documents, index, side="right")       # (B, P)
-    first = ~in_view | (index == earliest) | (np.diff(document, axis=1, prepend=-1) > 0)
-    if view == "window":                    # the one before holds tokens that the GPT can't see
-        first |= corpus.sentences[np.maximum(index - 1, 0)] < starts[:, None]
+    first = ~in_view | (index == earliest) | (index == corpus.opening_of(index))
+    first |= corpus.sentences[np.maximum(index - 1, 0)] < window_start
+    # Index 0 stands in where there is no finished sentence; it is masked.
+    finished = in_view & (index < corpus.n_sentences)
+    known = np.where(finished, index, 0)
     labels = np.where(finished, corpus.labels[known], -1)                   # (B, P)
-    before = np.where(first, -1, np.roll(labels, 1, axis=1))
-    vectors = np.where(finished[..., None], corpus.vectors[known], 0).astype("f4")      # (B, P, E)
-    labels = np.where(index < touched, -1, labels)          # there is no loss on mere context
-    return _batch(**arrays, sentence_id=sentence - last + S - 1, vectors=vectors, first=first,
-                  labels=labels[:, -S:], previous=before[:, -S:])
+    previous = np.where(first, -1, np.roll(labels, 1, axis=1))
+    # There is no label loss on sentences that are only context.
+    labels = np.where(index >= touched, labels, -1)
+    batch.first = torch.from_numpy(first)
+    batch.labels = torch.from_numpy(labels[:, -S:])
+    batch.previous = torch.from_numpy(previous[:, -S:])
+    if corpus.vectors is not None:
+        vectors = corpus.vectors[known]
+        vectors[~finished] = 0
+        batch.vectors = torch.from_numpy(vectors)
 
 
-def sentence_batch(corpus: Corpus, starts: np.ndarray, width: int) -> Batch:
-    """P = S = width sentences in a row from each of `starts` (B,), to train the planner alone."""
-    index = starts[:, None] + np.arange(width)                              # (B, S)
-    document = np.searchsorted(corpus.documents, index, side="right")       # (B, S)
-    first = np.diff(document, axis=1, prepend=-1) > 0       # in slot 0 too: left of it is nothing
-    none = np.zeros((len(starts), 0), np.int64)                             # (B, 0) no tokens
-    return _batch(tokens=none, targets=none, first=first,
-                  vectors=corpus.vectors[index].astype("f4"), labels=corpus.labels[index])
+def batch_starts(length, width, rows, seed, step):
+    """(rows,) where the windows of a step start; a function of (seed, step) alone.
 
-
-def _batch(**arrays: np.ndarray) -> Batch:
-    return Batch(**{name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in arrays.items()})
-
-
-def batch_starts(length: int, width: int, rows: int, seed: tuple, step: int) -> np.ndarray:
-    """(rows,) where a step's windows start, from (seed, step) alone: each epoch visits the disjoint
-    windows once, in a new order and with a new offset. Raises ValueError where none fits."""
-    n = (length - width) // width           # one window less, for the offset
+    Each epoch visits disjoint windows once, in an order and with an offset of its own. Raises
+    InputError if no window fits.
+    """
+    # One window fewer than fit leaves room for the offset.
+    n = (length - width) // width
     if n < 1:
-        raise ValueError(f"a window of {width} is too long for a training split of {length}: "
-                         "lower block_size (or planner_reach), or give more text")
-    epoch, place = np.divmod(np.arange(step * rows, (step + 1) * rows), n)  # (rows,), (rows,)
-    return np.array([_epoch(seed, e, n, width)[p] for e, p in zip(epoch.tolist(), place)])
+        raise InputError(f"a window of {width} is too long for a training split of {length}: lower "
+                         "block_size (or planner_reach), or give more text")
+    starts = []
+    for row in range(step * rows, (step + 1) * rows):
+        epoch, place = divmod(row, n)
+        starts.append(_epoch(seed, epoch, n, width)[place])
+    return np.array(starts)
 
 
-@functools.lru_cache(maxsize=4)             # the same for all steps of an epoch
-def _epoch(seed: tuple, epoch: int, n: int, width: int) -> np.ndarray:
+@functools.lru_cache(maxsize=4)
+def _epoch(seed, epoch, n, width):
+    """(n,) the starts of one epoch; cached, because all of its steps ask for it."""
     random = np.random.default_rng((*seed, epoch))
-    return random.integers(width) + width * random.permutation(n)           # (n,)
+    return random.integers(width) + width * random.permutation(n)
 
 
 # --- tokenizer ------------------------------------------------------------------------------------
-# A word, number or run of signs with the space after it; a line end with the next line's
-# indentation. Plain character ranges mean the same to Python's re and to tiktoken's; bounds keep
-# the longest piece short.
-PATTERN = (r"[A-Za-z\u0080-\U0010FFFF]{1,40} ?|[0-9]{1,3} ?|\n{1,8} {0,40}| {1,40}"
-           r"|[^A-Za-z0-9\u0080-\U0010FFFF \n]{1,16} ?")
+# A word, a number or a run of signs, with the space after it; a line end with the indentation of
+# the next line. Plain character ranges mean the same to Python's re and to tiktoken's.
+PATTERN = (
+    r"[A-Za-z\u0080-\U0010FFFF]{1,40} ?"
+    r"|[0-9]{1,3} ?"
+    r"|\n{1,8} {0,40}"
+    r"| {1,40}"
+    r"|[^A-Za-z0-9\u0080-\U0010FFFF \n]{1,16} ?"
+)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
-    """Byte-level BPE: merges the most frequent pair of neighbours until there are vocab_size - 1
-    tokens (one id is left for `<|endoftext|>`), or no pair occurs twice. Returns token -> rank.
-    Source: Sennrich et al., arXiv 1508.07909."""
+def train_bpe(texts, vocab_size):
+    """Byte-level BPE: the token -> rank table that tiktoken needs.
+
+    Merges the most frequent pair of neighbours again and again, until there are vocab_size - 1
+    tokens (one id is left for `<|endoftext|>`) or no pair occurs twice. Of equally frequent pairs
+    the first in byte order wins. Source: Sennrich et al., arXiv 1508.07909.
+    """
     counts = Counter()
     for text in texts:
         counts.update(re.findall(PATTERN, text))
-    words = [([bytes([b]) for b in word.encode()], n) for word, n in counts.items()]
-    pairs = Counter()                       # a pair, known by its concatenation -> its frequency
-    words_with = defaultdict(set)           # the same -> indices of the words that contain it
-    for i, (word, n) in enumerate(words):
+    words = [[bytes([b]) for b in word.encode()] for word in counts]
+    frequency = list(counts.values())
+
+    # A pair is known by its concatenation. `places` says which words may contain it.
+    pairs = Counter()
+    places = defaultdict(set)
+    for i, word in enumerate(words):
         for a, b in itertools.pairwise(word):
-            pairs[a + b] += n
-            words_with[a + b].add(i)
-    heap = sorted((-n, pair) for pair, n in pairs.items())  # of equals, the first in bytes wins
-    ranks = {bytes([b]): b for b in range(256)}             # any text can be encoded
+            pairs[a + b] += frequency[i]
+            places[a + b].add(i)
+    heap = [(-n, pair) for pair, n in pairs.items()]
+    heapq.heapify(heap)
+
+    ranks = {bytes([b]): b for b in range(256)}
     while heap and len(ranks) < vocab_size - 1:
-        n, token = heapq.heappop(heap)
-        if -n != pairs[token] or -n < 2 or token in ranks:
-            continue                        # out of date, too rare, or there already
-        ranks[token] = len(ranks)
+        negative_count, pair = heapq.heappop(heap)
+        is_stale = -negative_count != pairs[pair]
+        if is_stale or pairs[pair] < 2 or pair in ranks:
+            continue
+        ranks[pair] = len(ranks)
         changed = set()
-        for i in words_with.pop(token):     # the other words stay as they are
-            word, n = words[i]
-            merged = word[:1]
-            for piece in word[1:]:          # from the left: in "aaa", the first "aa"
-                merged.append(piece)
-                if merged[-2] + piece == token:
-                    merged[-2:] = [token]
-            words[i] = merged, n
-            for sign, pieces in ((-n, word), (n, merged)):
-                for a, b in itertools.pairwise(pieces):
-                    pairs[a + b] += sign
-                    words_with[a + b].add(i)
-                    changed.add(a + b)
-        for pair in changed:                # once each; once a word is three times as slow
+        for i in places.pop(pair):
+            merged = _merge(words[i], pair)
+            for a, b in itertools.pairwise(words[i]):
+                pairs[a + b] -= frequency[i]
+                changed.add(a + b)
+            for a, b in itertools.pairwise(merged):
+                pairs[a + b] += frequency[i]
+                places[a + b].add(i)
+                changed.add(a + b)
+            words[i] = merged
+        # Push each changed pair once per merge; once per word would be three times as slow.
+        for pair in changed:
             heapq.heappush(heap, (-pairs[pair], pair))
     return ranks
 
 
-def bpe_tokenizer(ranks: dict[bytes, int]) -> tiktoken.Encoding:
+def _merge(word, pair):
+    """Join the neighbours that make up `pair`, from the left: in "aaa", the first two."""
+    merged = word[:1]
+    for piece in word[1:]:
+        if merged[-1] + piece == pair:
+            merged[-1] = pair
+        else:
+            merged.append(piece)
+    return merged
+
+
+def bpe_tokenizer(ranks):
     """A tiktoken.Encoding from the result of `train_bpe`."""
+    special = {EOT: len(ranks)}
     return tiktoken.Encoding("nanoplan", pat_str=PATTERN, mergeable_ranks=ranks,
-                             special_tokens={EOT: len(ranks)})
+                             special_tokens=special)
 
 
-def save_tokenizer(path: Path, tokenizer: tiktoken.Encoding) -> None:
-    """Writes what `load_tokenizer` reads: the name gpt2, or our tokens in hex, by rank."""
-    ids = range(0 if tokenizer.name == "gpt2" else tokenizer.eot_token)
-    tokens = [tokenizer.decode_single_token_bytes(t).hex() for t in ids]
-    write_json(path, {"name": tokenizer.name, "tokens": tokens})
+def save_tokenizer(path, tokenizer):
+    """Write what `load_tokenizer` reads: the name gpt2, or our tokens in hex, by rank."""
+    tokens = []
+    if tokenizer.name != "gpt2":
+        tokens = tokenizer.decode_tokens_bytes(range(tokenizer.eot_token))
+    hex_tokens = [token.hex() for token in tokens]
+    write_json(path, {"name": tokenizer.name, "tokens": hex_tokens})
 
 
-def load_tokenizer(path: Path) -> tiktoken.Encoding:
-    """Reads the file of `save_tokenizer`. Raises ValueError where it is damaged."""
-    saved = read_json(path, "name", "tokens")
+def load_tokenizer(path):
+    """Read the file of `save_tokenizer`."""
+    saved = read_json(path)
     if saved["name"] == "gpt2":
-        return tiktoken.get_encoding("gpt2")            # downloaded once
-    return bpe_tokenizer({bytes.fromhex(t): rank for rank, t in enumerate(saved["tokens"])})
+        # tiktoken downloads it once.
+        return tiktoken.get_encoding("gpt2")
+    ranks = {bytes.fromhex(token): rank for rank, token in enumerate(saved["tokens"])}
+    return bpe_tokenizer(ranks)
 
 
-# --- the store on disk ----------------------------------------------------------------------------
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` when that is done: a write that fails, or
-    a process that is killed, leaves what was there. Raises OSError where the disk is full."""
-    working = path.with_name(path.name + ".tmp")
-    try:
-        yield working
-        working.replace(path)
-    except (OSError, RuntimeError) as error:            # torch reports a full disk as the latter
-        working.unlink(missing_ok=True)
-        raise OSError(f"could not write {path} ({str(error).splitlines()[0]}): what was saved "
-                      "before is intact; make room and run again (train.py: --resume)") from None
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Writes all of it or, where the disk is full, nothing: OSError."""
-    with replacing(path) as working:
-        working.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-
-
-def read_json(path: Path, *keys: str) -> dict:
-    """A JSON object that has these keys. Raises ValueError where it is damaged."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        for key in keys:
-            content[key]                                # a KeyError, or a list's TypeError
-        return content
-    except (ValueError, TypeError, KeyError):
-        raise ValueError(f"{path} is damaged: delete {path.parent} and run again") from None
-
-
+# --- prepared corpora -----------------------------------------------------------------------------
 @dataclass
 class Store:
     """A prepared corpus on disk."""
     path: Path
     tokenizer: tiktoken.Encoding
     fingerprint: str                        # a hash of the tokens
-    bytes: dict[str, int]                   # of text, in each split
+    bytes: dict[str, int]                   # of UTF-8 text in each split
 
-    def split(self, name: str) -> Corpus:
-        """One split, its tokens as a memory map. Raises ValueError where a file is cut short."""
-        file = self.path / f"{name}.tokens"
-        try:
-            with np.load(file.with_suffix(".npz")) as arrays:
-                tokens = np.memmap(file, np.uint16, "r", 0, int(arrays["sentences"][-1]))
-                return Corpus(tokens, arrays["sentences"], arrays["documents"])
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{file} is damaged ({error}): delete {self.path}") from None
+    def split(self, name):
+        """One split. Its tokens stay on disk, as a memory map."""
+        arrays = np.load(self.path / f"{name}.npz")
+        tokens = np.memmap(self.path / f"{name}.tokens", np.uint16, mode="r")
+        return Corpus(tokens, arrays["sentences"], arrays["documents"])
 
 
-def prepare(name: str, tokenizer: str, vocab_size: int, cache_dir: Path) -> Store:
-    """Tokenizes a corpus, or opens it where that was done before, with the same sources, tokenizer
-    and data.py. It reads one document at a time. Raises ValueError where a split stays empty."""
-    sources = [metadata.version(package) for package in DOCSTRING_PACKAGES]
-    if name != "docstrings":
-        files = [(path.resolve(), path.stat()) for path in corpus_files(name, cache_dir)]
-        sources = [f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in files]
+def prepare(name, tokenizer, vocab_size, cache_dir):
+    """Tokenize a corpus into cache_dir, or open it if that was done before.
+
+    name: `docstrings` or a path; tokenizer: `bpe` or `gpt2`. Reads one document at a time. Raises
+    InputError if the text can't be read or a split stays empty.
+    """
+    # The key changes with the sources, the tokenizer and this file.
+    if name == "docstrings":
+        sources = [metadata.version(package) for package in DOCSTRING_PACKAGES]
+    else:
+        sources = []
+        for file in corpus_files(name):
+            status = file.stat()
+            sources.append(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}")
     identity = json.dumps([sources, tokenizer, vocab_size, Path(__file__).read_text("utf-8")])
     key = hashlib.sha256(identity.encode()).hexdigest()[:12]
     path = cache_dir / f"{Path(name).name}-{key}"
+
     if not path.exists():
-        working = path.with_name(path.name + ".tmp")
-        working.mkdir(parents=True, exist_ok=True)      # one killed left files: all are made anew
-        if tokenizer == "gpt2":
-            encoding = tiktoken.get_encoding("gpt2")
-        else:                               # from 20,000 documents; a second pass tokenizes all
-            training = (text for split, text in documents(name, cache_dir) if split == "train")
-            encoding = bpe_tokenizer(train_bpe(itertools.islice(training, 20_000), vocab_size))
-        save_tokenizer(working / "tokenizer.json", encoding)
-        _write_splits(working, name, cache_dir, encoding)
-        working.rename(path)                            # only now is it there, and whole
-    meta = read_json(path / "meta.json", "fingerprint", "bytes")
-    return Store(path, load_tokenizer(path / "tokenizer.json"), **meta)
+        make_folder(cache_dir)
+        # A folder of our own, so that runs that prepare the same corpus don't meet.
+        with tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=cache_dir) as folder:
+            working = Path(folder) / "store"
+            working.mkdir()
+            if tokenizer == "gpt2":
+                encoding = tiktoken.get_encoding("gpt2")
+            else:
+                # 20,000 documents are enough to train on; a second pass tokenizes all of them.
+                training = (text for split, text in documents(name) if split == "train")
+                encoding = bpe_tokenizer(train_bpe(itertools.islice(training, 20_000), vocab_size))
+            save_tokenizer(working / "tokenizer.json", encoding)
+            _write_splits(working, name, encoding)
+            try:
+                working.rename(path)
+            except OSError:
+                # If another run was faster, use its store.
+                if not path.exists():
+                    raise
+    meta = read_json(path / "meta.json")
+    encoding = load_tokenizer(path / "tokenizer.json")
+    return Store(path, encoding, meta["fingerprint"], meta["bytes"])
 
 
-def _write_splits(path: Path, name: str, cache_dir: Path, tokenizer: tiktoken.Encoding) -> None:
-    fingerprint, n_bytes = hashlib.sha256(), dict.fromkeys(SPLITS, 0)
+def _write_splits(path, name, tokenizer):
+    """Write tokens, sentences and documents of each split, then their sizes and fingerprint."""
+    n_bytes = dict.fromkeys(SPLITS, 0)
     with contextlib.ExitStack() as stack:
-        files = {s: stack.enter_context(open(path / f"{s}.tokens", "wb")) for s in SPLITS}
-        opening = [(split, "") for split in SPLITS]     # a split begins with <|endoftext|>
-        texts = itertools.chain(opening, documents(name, cache_dir))
+        files = {}
+        for split in SPLITS:
+            files[split] = stack.enter_context(open(path / f"{split}.tokens", "wb"))
+        # An empty document writes the <|endoftext|> with which a split begins.
+        opening = [(split, "") for split in SPLITS]
+        texts = itertools.chain(opening, documents(name))
         for split, text in tqdm(texts, desc="tokenize", unit=" documents", leave=False):
-            tokens = [*tokenizer.encode_ordinary(text), tokenizer.eot_token]
-            files[split].write(np.array(tokens, np.uint16).tobytes())       # 65,536 ids at most
+            tokens = tokenizer.encode_ordinary(text)
+            tokens.append(tokenizer.eot_token)
+            files[split].write(np.array(tokens, np.uint16).tobytes())
             n_bytes[split] += len(text.encode())
-    for split in SPLITS:                    # step 1: sentences and documents of all tokens
-        corpus = Corpus.from_tokens(np.fromfile(path / f"{split}.tokens", np.uint16), tokenizer)
-        if corpus.n_sentences < 3:                      # <|endoftext|>, and two
-            raise ValueError(f"{name} has fewer than two sentences for {split}: give more text")
+    fingerprint = hashlib.sha256()
+    for split in SPLITS:
+        tokens = np.fromfile(path / f"{split}.tokens", np.uint16)
+        corpus = Corpus.from_tokens(tokens, tokenizer)
+        # The opening <|endoftext|> counts as a sentence.
+        if corpus.n_sentences < 3:
+            raise InputError(f"{name} has fewer than two sentences for {split}: give more text")
         np.savez(path / f"{split}.npz", sentences=corpus.sentences, documents=corpus.documents)
-        fingerprint.update(corpus.tokens)
+        fingerprint.update(tokens)
     write_json(path / "meta.json", {"fingerprint": fingerprint.hexdigest()[:16], "bytes": n_bytes})
 
 
 # --- corpora --------------------------------------------------------------------------------------
 DOCSTRING_PACKAGES = ("torch", "sympy", "networkx", "numpy")
-STORY = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-"
-WIKITEXT = "https://wikitext.smerity.com/wikitext-103-raw-v1.zip"
-DOWNLOADS = {                               # name -> [(address, sha256)]
-    "tinystories": [
-        (STORY + "train.txt", "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443"),
-        (STORY + "valid.txt", "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d")],
-    "wikitext103": [(WIKITEXT, "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794")],
-}
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 FOLDS = [*18 * ["train"], "val", "test"]    # 90/5/5, by a number modulo 20
 
 
-def documents(name: str, cache_dir: Path) -> Iterator[tuple[str, str]]:
-    """Yields (split, text) for each document, that is not blank, of a corpus: `docstrings`, a name
-    in DOWNLOADS, or a path. Raises FileNotFoundError or ValueError for one that can't be read."""
+def documents(name):
+    """Yield (split, text) for each document of a corpus that is not blank.
+
+    Raises InputError if it can't be read.
+    """
     if name == "docstrings":
         yield from _docstrings()
-    elif name == "wikitext103":
-        archive = zipfile.ZipFile(*corpus_files(name, cache_dir))
-        for split, part in zip(SPLITS, ("train", "valid", "test")):
-            text = archive.read(f"wikitext-103-raw/wiki.{part}.raw").decode()
-            for article in re.split(r"(?m)^(?= = [^=].* = $)", text)[1:]:   # " = Title = " opens
-                yield split, article
-    else:
-        parts = _split_files(corpus_files(name, cache_dir))
-        yield from ((split, text) for split, text in parts if text.strip())
+        return
+    for split, text in _split_files(corpus_files(name)):
+        if text.strip():
+            yield split, text
 
 
-def _hash(text: str) -> int:
+def _hash(text):
+    """64 bits of a text that are the same in each process."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
-@functools.lru_cache(maxsize=1)             # `prepare` reads a corpus twice; this takes 15 s
-def _docstrings() -> list[tuple[str, str]]:
-    """A document for each source file of the packages in requirements.txt: its docstrings of 200
-    characters or more that no file before it has. Sources are parsed, nothing is imported."""
-    seen, found = set(), []
-    gc.disable()                            # it would take two thirds of the time, for no cycle
-    warnings.simplefilter("ignore", SyntaxWarning)      # old sources hold invalid escapes
+@functools.lru_cache(maxsize=1)
+def _docstrings():
+    """(split, text) of each source file of the packages: its docstrings of 200 characters or more.
+
+    Sources are parsed, never imported. A docstring that an earlier file has is dropped. Cached,
+    because `prepare` reads a corpus twice.
+    """
+    seen = set()
+    found = []
+    # The garbage collector would take two thirds of the time and find nothing.
+    gc.disable()
+    # Old sources contain invalid escapes.
+    warnings.simplefilter("ignore", SyntaxWarning)
     for package in DOCSTRING_PACKAGES:
         root = Path(util.find_spec(package).submodule_search_locations[0])
         for path in tqdm(sorted(root.rglob("*.py")), f"read {package}", leave=False):
-            split = FOLDS[_hash(path.relative_to(root.parent).as_posix()) % 20]
-            nodes, texts = [], {}                       # line -> docstring
-            with contextlib.suppress(SyntaxError, ValueError):  # templates, newer Pythons' syntax
-                nodes = [ast.parse(path.read_bytes())]
-            for node in nodes:              # grows; ast.walk goes into expressions, too: slow
-                nodes += [x for x in ast.iter_child_nodes(node) if not isinstance(x, ast.expr)]
-                text = ast.get_docstring(node) if isinstance(node, DOCUMENTED) else None
-                if text and len(text) >= 200:
-                    texts[node.body[0].lineno] = text
-            texts = dict.fromkeys(texts[line] for line in sorted(texts) if texts[line] not in seen)
-            seen.update(texts)              # without copies: of other files', or of its own
+            try:
+                tree = ast.parse(path.read_bytes())
+            except (SyntaxError, ValueError):
+                # A template, or the syntax of another Python.
+                continue
+            texts = []
+            for text in _docstrings_below(tree):
+                if len(text) >= 200 and text not in seen:
+                    seen.add(text)
+                    texts.append(text)
             if texts:
+                split = FOLDS[_hash(path.relative_to(root.parent).as_posix()) % 20]
                 found.append((split, "\n\n".join(texts)))
     gc.enable()
     return sorted(found, key=lambda document: _hash(document[1]))
 
 
-def corpus_files(name: str, cache_dir: Path) -> list[Path]:
-    """The files of a name in DOWNLOADS, the file at a path, or a folder's .txt and .jsonl files."""
-    if name in DOWNLOADS:
-        return [download(*source, cache_dir) for source in DOWNLOADS[name]]
+def _docstrings_below(node):
+    """Yield the docstrings of a syntax tree in the order in which they stand."""
+    if isinstance(node, DOCUMENTED):
+        yield ast.get_docstring(node) or ""
+    for child in ast.iter_child_nodes(node):
+        # Expressions contain no docstrings, and are most of the tree.
+        if not isinstance(child, ast.expr):
+            yield from _docstrings_below(child)
+
+
+def corpus_files(name):
+    """The file at a path, or the .txt and .jsonl files of a folder. Raises InputError for none."""
     if Path(name).is_file():
-        return [Path(name)]                 # whatever its suffix
-    files = sorted(f for f in Path(name).rglob("*") if f.suffix in (".txt", ".jsonl"))
+        return [Path(name)]
+    files = [path for path in Path(name).rglob("*") if path.suffix in (".txt", ".jsonl")]
     if not files:
-        raise FileNotFoundError(f"data={name} is neither a text nor a folder with .txt or .jsonl "
-                                "files, nor docstrings, tinystories, wikitext103")
-    return files
+        raise InputError(f"data={name}: no such file, and no folder with .txt or .jsonl files")
+    return sorted(files)
 
 
-def download(url: str, sha256: str, folder: Path) -> Path:
-    """Fetches a file once; it is moved into place when it is whole and its sha256 is right."""
-    path = folder / url.rsplit("/", 1)[-1]
-    folder.mkdir(parents=True, exist_ok=True)
+def _split_files(files):
+    """Yield (split, text) of all documents, 90/5/5.
+
+    A hash of its text decides where a document goes, so that copies share a split. Fewer than 200
+    documents could leave a split empty: then each is cut in three.
+    """
+    n_documents = sum(1 for path in files for _ in read_documents(path))
+    for path in files:
+        for text in read_documents(path):
+            if n_documents >= 200:
+                yield FOLDS[_hash(text) % 20], text
+            else:
+                a = int(0.9 * len(text))
+                b = int(0.95 * len(text))
+                yield from zip(SPLITS, (text[:a], text[a:b], text[b:]))
+
+
+def read_documents(path):
+    """Yield the documents of a file.
+
+    A .jsonl file has one {"text": ...} on each line; in any other file a line `<|endoftext|>`
+    separates documents. Raises InputError if it can't be read.
+    """
     try:
-        if not path.exists():
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-    except (OSError, RuntimeError) as error:            # a wrong hash is a RuntimeError
-        raise ValueError(f"download of {url} failed ({error}): run again") from None
-    return path
-
-
-def _split_files(files: list[Path]) -> Iterator[tuple[str, str]]:
-    """90/5/5: documents are dealt out in the order of their hashes, so that copies fall on one side
-    and no split stays empty; each of fewer than 20 is cut into three."""
-    hashes = (_hash(text) for path in files for text in read_documents(path) if text.strip())
-    hashes = np.unique(np.fromiter(hashes, np.uint64))      # (n,) sorted: 8 bytes a document
-    for text in itertools.chain.from_iterable(map(read_documents, files)):
-        if len(hashes) >= 20:
-            yield FOLDS[np.searchsorted(hashes, np.uint64(_hash(text))) % 20], text
-        else:
-            cuts = [0, int(0.9 * len(text)), int(0.95 * len(text)), len(text)]
-            yield from zip(SPLITS, (text[a:b] for a, b in itertools.pairwise(cuts)))
-
-
-def read_documents(path: Path) -> Iterator[str]:
-    """The documents of one file: .jsonl has one {"text": ...} a line, in any other file a line
-    `<|endoftext|>` separates them. Raises ValueError where it can't be read."""
-    number = 0
-    try:
-        with open(path, encoding="utf-8-sig") as lines:     # a byte order mark is no text
+        # utf-8-sig drops a byte order mark.
+        with open(path, encoding="utf-8-sig") as lines:
             if path.suffix == ".jsonl":
                 for number, line in enumerate(lines, 1):
                     if line.strip():
-                        yield json.loads(line)["text"].encode().decode()    # \ud800 fails
+                        yield _text_of(line, f"{path}:{number}")
             else:
-                groups = itertools.groupby(lines, lambda line: line.strip() == EOT)
-                yield from ("".join(group) for separates, group in groups if not separates)
+                is_separator = lambda line: line.strip() == EOT
+                for separates, group in itertools.groupby(lines, is_separator):
+                    if not separates:
+                        yield "".join(group)
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not valid UTF-8 ({error.reason}): convert it first") from None
+        raise InputError(f"{path} is not valid UTF-8 ({error.reason}): convert it first") from None
+
+
+def _text_of(line, place):
+    """The "text" of one line of a .jsonl file. Raises InputError if it has none."""
+    try:
+        text = json.loads(line)["text"]
+        # A lone surrogate such as \ud800 is valid JSON but not text.
+        return text.encode().decode()
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise ValueError(f'{path}:{number} is not a JSON object with a string "text"') from None
+        raise InputError(f'{place} is not a JSON object with a string "text"') from None
+
+
+# --- files ----------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def replacing(path):
+    """Write to a temporary file, then rename it over `path`, so that a crash leaves no half file."""
+    working = path.with_name(path.name + ".tmp")
+    yield working
+    working.replace(path)
+
+
+def make_folder(path):
+    """Create a folder where there is none. Raises InputError if that is not possible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder {path} can't be created: {error.strerror}") from None
+
+
+def write_json(path, content):
+    """Write a JSON file, whole or not at all."""
+    with replacing(path) as working:
+        working.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+
+
+def read_json(path):
+    """Read a JSON file. Raises InputError if there is none or it is not JSON."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"there is no {path}") from None
+    except ValueError:
+        raise InputError(f"{path} is not a JSON file") from None
+
+
+def read_checkpoint(path):
+    """Read a checkpoint without running code from it. Raises InputError if torch can't read it."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"there is no {path}: train that stage with train.py") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"torch can't read {path} ({reason:.80}): if it is truncated, move it away "
+                         "and train that stage again") from None
+
+
+def load_weights(module, weights, path):
+    """Load the weights of the checkpoint at `path`. Raises InputError if they don't fit."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} does not fit the model. If you changed the code, take another "
+                         f"out_dir. {reason}") from None

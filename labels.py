@@ -1,9 +1,10 @@
-"""Sentence vectors, k-means, and what the labels mean (step 2). Nobody labels anything by hand.
+"""Sentence vectors, k-means, and what the labels mean. Nobody labels anything by hand.
 
 A sentence's vector is the mean of its token embeddings in the GPT of stage lm, weighted by
-a / (a + p(token)), which tones down frequent tokens (SIF: Arora, Liang and Ma, "A Simple but
-Tough-to-Beat Baseline for Sentence Embeddings", ICLR 2017, which then removes a component, not, as
-here, the mean); the length is made 1. NOTE(paper): a pretrained sentence encoder's vectors.
+a / (a + p(token)), which tones down frequent tokens. The mean of all training sentences is
+subtracted and the length made 1. Source: SIF, Arora, Liang and Ma, "A Simple but Tough-to-Beat
+Baseline for Sentence Embeddings", ICLR 2017, which removes a principal component instead of the
+mean. NOTE(paper): there, a pretrained sentence encoder gives the vectors.
 """
 import math
 import re
@@ -15,158 +16,195 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import Corpus
+from data import Corpus, InputError
 
-SIF_A = 1e-3                            # a; the source finds anything from 1e-4 to 1e-3 as good
-CHUNK = 4096                            # sentences embedded at a time
-MOST_POINTS = 1 << 18                   # k-means iterates over so many drawn vectors at most
+SIF_A = 1e-3            # a; the source finds values from 1e-4 to 1e-3 equally good
+CHUNK = 4096            # sentences embedded at a time
+MOST_POINTS = 1 << 18   # k-means is fitted on at most this many sampled vectors
 
 
 class Labeler(nn.Module):
-    """Embeds sentences and names their labels. Holds all that it needs, whatever becomes of the
-    GPT: weighted token embeddings (V, E), the mean (E,), centroids (K, E)."""
+    """Gives sentences their vectors and labels.
 
-    def __init__(self, vocab_size: int, n_vector: int, n_labels: int):
+    Self-contained: it holds weighted token embeddings (V, E), the mean (E,) and the centroids
+    (K, E), so training the GPT further never changes a label.
+    """
+
+    def __init__(self, vocab_size, n_vector, n_labels):
         super().__init__()
-        self.register_buffer("table", torch.zeros(vocab_size, n_vector))    # (V, E)
+        self.register_buffer("table", torch.zeros(vocab_size, n_vector))
         self.register_buffer("mean", torch.zeros(n_vector))
         self.register_buffer("centroids", torch.zeros(n_labels, n_vector))
 
     @torch.no_grad()
-    def fit_vectors(self, wte: torch.Tensor, corpus: Corpus) -> None:
-        """Sets table and mean from token embeddings (V, E) and the training split's frequencies."""
-        V = len(self.table)             # without the rows that only pad the matrix
-        p = torch.from_numpy(np.bincount(corpus.tokens, minlength=V) / len(corpus.tokens))
-        self.table = wte[:V].float() * (SIF_A / (SIF_A + p.float()))[:, None]           # (V, E)
-        self.mean = torch.cat(list(self.weighted_means(corpus))).mean(0)                # (E,)
-
-    def weighted_means(self, corpus: Corpus):
-        """Yields (n, E) for some thousand finished sentences at a time."""
-        for i in range(0, corpus.n_sentences, CHUNK):
-            starts = corpus.sentences[i:min(i + CHUNK, corpus.n_sentences) + 1]         # (n+1,)
-            tokens = torch.from_numpy(corpus.tokens[starts[0]:starts[-1]].astype(np.int64))
-            offsets = torch.from_numpy(starts[:-1] - starts[0])
-            yield F.embedding_bag(tokens.to(self.table.device), self.table,
-                                  offsets.to(self.table.device), mode="mean")           # (n, E)
+    def fit_vectors(self, token_emb, corpus):
+        """Set table and mean from token embeddings (V or more, E) and the training split."""
+        V = len(self.table)
+        counts = np.bincount(corpus.tokens, minlength=V)
+        p = torch.from_numpy(counts / len(corpus.tokens)).float()           # (V,)
+        weights = SIF_A / (SIF_A + p)
+        self.table = token_emb[:V].float() * weights[:, None]               # (V, E)
+        self.mean = torch.cat(list(self._weighted_means(corpus))).mean(0)   # (E,)
 
     @torch.no_grad()
-    def embed(self, corpus: Corpus) -> np.ndarray:
-        """The vectors (n, E) of a corpus's finished sentences: unit length, half precision."""
-        parts = [F.normalize(means - self.mean, dim=1).half().cpu()
-                 for means in self.weighted_means(corpus)]
-        return torch.cat(parts).numpy()     # 2 E bytes a sentence, so all of them stay in memory
+    def label(self, corpus):
+        """Set the vectors and labels of a corpus's finished sentences, and return it."""
+        corpus.vectors = self.embed(corpus)
+        labels, _ = nearest(corpus.vectors, self.centroids)
+        corpus.labels = labels.cpu().numpy()
+        return corpus
+
+    @torch.no_grad()
+    def embed(self, corpus):
+        """Vectors (n, E) of a corpus's finished sentences: unit length, half precision."""
+        parts = []
+        for means in self._weighted_means(corpus):
+            unit = F.normalize(means - self.mean, dim=1)
+            parts.append(unit.half().cpu())
+        return torch.cat(parts).numpy()
+
+    def _weighted_means(self, corpus):
+        """Yield weighted means of token embeddings (n, E) for some thousand sentences at a time."""
+        device = self.table.device
+        for i in range(0, corpus.n_sentences, CHUNK):
+            starts = corpus.sentences[i:i + CHUNK + 1]
+            tokens = corpus.tokens[starts[0]:starts[-1]].astype(np.int64)
+            tokens = torch.from_numpy(tokens).to(device)
+            offsets = torch.from_numpy(starts[:-1] - starts[0]).to(device)
+            yield F.embedding_bag(tokens, self.table, offsets, mode="mean")
 
 
 # --- k-means --------------------------------------------------------------------------------------
-def kmeans(x, k: int, seed: int = 0, iters: int = 50, tol: float = 1e-4,
-           device: str | torch.device = "cpu", start: torch.Tensor | None = None,
-           history: list | None = None):
-    """Lloyd's algorithm on x (N, E), an array or tensor -> centroids (K, E), labels (N,), inertia.
-    Starts from k-means++ or from `start` (K, E). Stops when an iteration lowers the inertia (the
-    sum of squared distances) by less than `tol` of it; `history` receives each. An empty cluster
-    takes the point farthest from its centroid. Raises ValueError for N < K."""
+def kmeans(x, k, seed = 0, max_iters = 50, tol = 1e-4, device="cpu"):
+    """Lloyd's algorithm on x (N, E), from k-means++ -> centroids (K, E), labels (N,), inertia.
+
+    The inertia is the sum of squared distances. Stops when an iteration lowers it by less than
+    `tol` of it. An empty cluster moves to the point that is farthest from its centroid. Raises
+    InputError if there are fewer points than clusters.
+    """
     if not 1 <= k <= len(x):
-        raise ValueError(f"n_labels={k} must lie between 1 and the {len(x)} sentences of the "
-                         "training split: ask for fewer labels, or give more text")
-    generator = torch.Generator().manual_seed(seed)     # no global random state is read
-    drawn = torch.randperm(len(x), generator=generator)[:MOST_POINTS]   # unsorted: see `start`
-    points = torch.as_tensor(x)[drawn].to(device).float()                   # (n, E)
-    if start is None:
-        start = plus_plus(points[:max(1 << 14, 8 * k)], k, generator)   # a sample of all the text
-    centroids = start.to(device).float()
-    history = [] if history is None else history
-    for _ in range(iters):
-        label, distance, sums = nearest(points, centroids)                  # (n,), (n,), (K, E)
-        history.append(float(distance.sum(dtype=torch.float64)))            # the inertia
-        if len(history) > 1 and history[-2] - history[-1] <= tol * history[-1]:
+        raise InputError(f"n_labels={k} must lie between 1 and {len(x)}, the number of training "
+                         "sentences: ask for fewer labels, or give more text")
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.randperm(len(x), generator=generator)[:MOST_POINTS]
+    points = torch.as_tensor(x)[sample].to(device).float()                  # (n, E)
+    centroids = plus_plus(points[:max(1 << 14, 8 * k)], k, generator)
+    inertia = math.inf
+    for _ in range(max_iters):
+        last_inertia = inertia
+        labels, distances = nearest(points, centroids)
+        inertia = distances.sum().item()
+        if last_inertia - inertia <= tol * inertia:
             break
-        counts = torch.bincount(label, minlength=k)                         # (K,)
-        moved = (sums / counts.clamp(min=1)[:, None]).float()               # to the means
-        empty = (counts == 0).nonzero()[:, 0]   # their sums are 0, which is no centroid
-        moved[empty] = centroids[empty]
-        far, index = distance.topk(len(empty))
-        index = index[far > 1e-10]              # not a point that a centroid already sits on
-        moved[empty[:len(index)]] = points[index]
-        centroids = moved
-    labels, distance, _ = nearest(x, centroids)     # of all N, drawn or not
-    return centroids, labels, float(distance.sum(dtype=torch.float64))
+        counts = torch.bincount(labels, minlength=k)                        # (K,)
+        sums = torch.zeros_like(centroids).index_add_(0, labels, points)
+        centroids = sums / counts[:, None]
+        empty = counts == 0
+        farthest = distances.topk(int(empty.sum())).indices
+        centroids[empty] = points[farthest]
+    # Assign all N points, sampled or not.
+    labels, distances = nearest(x, centroids)
+    return centroids, labels, distances.sum().item()
 
 
-def nearest(x, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x (N, E), an array or tensor -> the index of each row's nearest centroid and its squared
-    distance, (N,) each, and the sum of each centroid's rows (K, E); N x K is never held whole."""
-    # |x - c|^2 = |x - m|^2 - 2 x.(c - m) + (c - m).(c + m), whose first term is the same for all c;
-    # with m amidst the centroids, nothing is lost far from the origin.
-    middle = centroids.mean(0)
-    c = centroids - middle                                                  # (K, E)
-    weight, bias = -2 * c, (c * (centroids + middle)).sum(1)                # (K, E), (K,)
+def nearest(x, centroids):
+    """x (N, E), an array or tensor -> the nearest centroid of each row and its squared distance."""
     on_cpu = centroids.device.type == "cpu"
-    size = max(256, (1 << 19 if on_cpu else 1 << 26) // max(centroids.shape))   # fits the cache
-    indices, distances, sums = [], [], torch.zeros_like(centroids)
-    for i in range(0, len(x), size):
-        part = torch.as_tensor(x[i:i + size]).to(centroids.device).float()              # (n, E)
-        scores = F.linear(part, weight, bias)                               # (n, K)
-        # numpy's argmin is several times as fast on a CPU
-        index = torch.from_numpy(scores.numpy().argmin(1)) if on_cpu else scores.argmin(1)
-        away = torch.linalg.vector_norm(part - F.embedding(index, centroids), dim=1)
-        sums += torch.zeros_like(sums).index_add_(0, index, part)   # exact enough, chunk by chunk
-        indices.append(index)
-        distances.append(away.square())
-    return torch.cat(indices), torch.cat(distances), sums
+    # |x - c|^2 = |x|^2 - 2 x.c + |c|^2, a chunk at a time: N x K numbers are never held at once.
+    squares = centroids.square().sum(1)                                     # (K,)
+    chunk = max(256, (1 << 19 if on_cpu else 1 << 26) // len(centroids))
+    labels = []
+    distances = []
+    for part in torch.as_tensor(x).split(chunk):
+        part = part.to(centroids.device).float()                            # (n, E)
+        scores = torch.addmm(squares, part, centroids.T, alpha=-2)          # (n, K)
+        if on_cpu:
+            # numpy's argmin is several times as fast as torch's on a CPU.
+            index = torch.from_numpy(scores.numpy().argmin(1))
+        else:
+            index = scores.argmin(1)
+        lowest = scores.gather(1, index[:, None])[:, 0]                     # (n,)
+        labels.append(index)
+        distances.append((part.square().sum(1) + lowest).clamp(min=0))
+    return torch.cat(labels), torch.cat(distances)
 
 
-def plus_plus(x: torch.Tensor, k: int, generator: torch.Generator) -> torch.Tensor:
-    """k-means++ (Arthur and Vassilvitskii, 2007): starts from points (K, E) drawn one by one in
-    proportion to their squared distance from those so far; where all are taken, any again."""
+def plus_plus(x, k, generator):
+    """k-means++ (Arthur and Vassilvitskii, 2007): K rows of x (N, E) to start from.
+
+    Each is drawn in proportion to its squared distance from the nearest one drawn before.
+    """
     chosen = torch.randint(len(x), (1,), generator=generator).tolist()
-    distance = (x - x[chosen]).square().sum(1)                              # (N,)
-    while len(chosen) < k:                      # a taken point's distance is 0: not drawn again
-        weights = distance.double().cpu() + 1e-30       # but where it is 0 for all, any is
-        chosen.append(int(torch.multinomial(weights, 1, generator=generator)))
-        distance = torch.minimum(distance, (x - x[chosen[-1]]).square().sum(1))
+    distances = (x - x[chosen]).square().sum(1)                             # (N,)
+    while len(chosen) < k:
+        # The small number matters only when every point has been chosen.
+        weights = distances.double().cpu() + 1e-30
+        new = torch.multinomial(weights, 1, generator=generator).item()
+        chosen.append(new)
+        distances = torch.minimum(distances, (x - x[new]).square().sum(1))
     return x[chosen]
 
 
 # --- what the labels mean -------------------------------------------------------------------------
-def label_before(corpus: Corpus, k: int) -> np.ndarray:
-    """int64 (n,): the label of the sentence before each, K at the start of a document."""
-    before = np.append(k, corpus.labels[:-1])                               # (n,)
-    before[corpus.documents[corpus.documents < len(before)]] = k            # nothing came before
+def label_before(corpus, k):
+    """int64 (n,): the label of the sentence before each one; K at the start of a document."""
+    before = np.append(k, corpus.labels[:-1])
+    opens_document = corpus.documents[corpus.documents < len(before)]
+    before[opens_document] = k
     return before
 
 
-def label_bigram(corpus: Corpus, k: int) -> torch.Tensor:
-    """(K + 2, K) log probabilities of a label: after each label, at a document's start, and, in the
-    last row, by frequency alone. A planner must beat them. They are smoothed as if 128 more labels
-    had come after each, by frequency: the best power of two on the default's validation split."""
-    pairs = label_before(corpus, k) * k + corpus.labels     # a number for each (before, label)
-    counts = np.bincount(pairs, minlength=(k + 1) * k).reshape(k + 1, k)    # (K+1, K)
+def label_bigram(corpus, k):
+    """(K+2, K) log probabilities of a label, which a planner must beat.
+
+    Row i: after label i; row K: at the start of a document; row K+1: by frequency alone. Each of
+    the first K+1 rows gets 128 pseudo-counts, spread by label frequency; no other power of two does
+    better on the default validation split.
+    """
+    pairs = label_before(corpus, k) * k + corpus.labels
+    counts = np.bincount(pairs, minlength=(k + 1) * k).reshape(k + 1, k)
     frequency = (counts.sum(0) + 1) / (counts.sum() + k)                    # (K,)
     bigram = (counts + 128 * frequency) / (counts.sum(1, keepdims=True) + 128)
-    return torch.from_numpy(np.log(np.concatenate([bigram, frequency[None]])))
+    return torch.from_numpy(np.log(np.vstack([bigram, frequency])))
 
 
-def describe(labeler: Labeler, corpus: Corpus, tokenizer: tiktoken.Encoding) -> list[dict]:
-    """For each label {"size", "words", "sentences"}: how many sentences have it, its six most
-    characteristic words, its two most typical sentences; from 60,000 sentences, evenly spread."""
-    centroids, labels = labeler.centroids.cpu().numpy(), corpus.labels
-    sample = np.arange(0, len(labels), 1 + len(labels) // 60_000)           # (n,)
-    away = corpus.vectors[sample] - centroids[labels[sample]]               # (n, E)
-    order = sample[np.square(away).sum(1).argsort()]        # the nearest to its centroid first
-    # a word counts once a document (a thousand sentences of it): else one file's identifiers win
-    places = np.searchsorted(corpus.documents, order, side="right") + order // 1000  # both grow
-    holders, typical = [set() for _ in centroids], [{} for _ in centroids]
-    for j, label, place in zip(order, labels[order], places.tolist()):
+def describe(labeler, corpus, tokenizer):
+    """For each label {"size", "words", "sentences"}, from a sample of the training sentences.
+
+    size: how many sentences have the label. words: the six that are most over-represented, by the
+    share of the label's sentences that contain the word minus that share among all sentences.
+    sentences: the two nearest to the centroid.
+    """
+    K = len(labeler.centroids)
+    sample = np.arange(0, corpus.n_sentences, 1 + corpus.n_sentences // 60_000)
+    centroids = labeler.centroids.cpu().numpy()
+    offsets = corpus.vectors[sample] - centroids[corpus.labels[sample]]     # (n, E)
+    order = sample[np.square(offsets).sum(1).argsort()]
+
+    everywhere = Counter()
+    within = [Counter() for _ in range(K)]
+    sentences = [[] for _ in range(K)]
+    for j in order:
+        label = corpus.labels[j]
         tokens = corpus.tokens[corpus.sentences[j]:corpus.sentences[j + 1]]
-        text = " ".join(tokenizer.decode(tokens[tokens != tokenizer.eot_token].tolist()).split())
-        words = set(re.findall(r"\b[^\W\d_][^\W\d_A-Z]{2,}\b", text))         # not fooBar, foo_bar
-        holders[label].update((word.lower(), place) for word in words)
-        typical[label].setdefault((len(words) < 2, place), text)    # one a place; fragments last
-    everywhere = Counter(word for held in holders for word, _ in held)
+        tokens = tokens[tokens != tokenizer.eot_token]
+        text = " ".join(tokenizer.decode(tokens.tolist()).split())
+        # Words of three letters or more, but no identifiers such as fooBar or foo_bar.
+        words = set(re.findall(r"\b[A-Za-z][a-z]{2,}\b", text))
+        words = {word.lower() for word in words}
+        everywhere.update(words)
+        within[label].update(words)
+        if text and len(sentences[label]) < 2 and text not in sentences[label]:
+            sentences[label].append(text)
+
+    sizes = np.bincount(corpus.labels, minlength=K)
+    sampled = np.bincount(corpus.labels[order], minlength=K)
     descriptions = []
-    for size, held, found in zip(np.bincount(labels, minlength=len(centroids)), holders, typical):
-        here = Counter(word for word, _ in held)            # many documents here, few elsewhere
-        words = sorted(here, key=lambda w: (-here[w] ** 1.5 / (everywhere[w] + 50), w))[:6]
-        texts = dict.fromkeys(found[at] for at in sorted(found, key=lambda at: at[0]) if found[at])
-        descriptions.append({"size": int(size), "words": words, "sentences": list(texts)[:2]})
+    for label in range(K):
+        excess = {}
+        for word, n in within[label].items():
+            excess[word] = n / sampled[label] - everywhere[word] / len(order)
+        words = sorted(excess, key=lambda word: (-excess[word], word))[:6]
+        description = {"size": int(sizes[label]), "words": words, "sentences": sentences[label]}
+        descriptions.append(description)
     return descriptions

@@ -1,84 +1,120 @@
-"""The planner: from the sentences so far, a distribution over the label of the next one (step 3);
-and `PlannedGPT`, which joins planner, mixture and GPT into the module that is trained and scored.
+"""The planner predicts the label of the next sentence; `PlannedGPT` gives the GPT its plan.
 
-NOTE(paper): the paper's planner encodes sentences with a pretrained encoder; ours reads the vectors
-of labels.py, so that everything is trained from scratch.
+NOTE(paper): the paper's planner reads the sentences with a pretrained encoder. Ours reads the
+vectors of labels.py, so that everything is trained from scratch.
 """
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import data
 from data import Batch
-from model import END_TO_END, GPT, NO_PLANNER, Block, init_weights, mix_labels
+from model import END_TO_END, GPT, NO_PLANNER, Block, init_weights, mix_labels, rotary_table
 
 
 class Planner(nn.Module):
-    """A causal transformer over sentence vectors: slot j predicts the label of sentence j from the
-    vectors of the sentences before it."""
+    """A causal transformer over sentence vectors.
 
-    def __init__(self, n_vector: int, n_labels: int, n_layer: int, n_head: int, n_embd: int,
-                 seed: int = 0):
+    Slot j predicts the label of sentence j from the vectors of the sentences before it.
+    """
+
+    def __init__(self, n_vector, n_labels, n_layer, n_head, n_embd,
+                 n_slots, seed = 0):
         super().__init__()
         self.inp = nn.Linear(n_vector, n_embd, bias=False)
-        self.start = nn.Parameter(torch.zeros(n_embd))  # stands in for "nothing yet"
+        # Stands in for the vector before, where there is none.
+        self.start = nn.Parameter(torch.zeros(n_embd))
         self.blocks = nn.ModuleList(Block(n_embd, n_head) for _ in range(n_layer))
         self.ln_f = nn.LayerNorm(n_embd)
-        self.head = nn.Linear(n_embd, n_labels, bias=False)                 # C -> K
+        self.head = nn.Linear(n_embd, n_labels, bias=False)
+        rotary = rotary_table(n_slots, n_embd // n_head)
+        self.register_buffer("rotary", rotary, persistent=False)            # (2, n_slots, D)
         init_weights(self, n_layer, seed)
 
-    def forward(self, vectors: torch.Tensor, first: torch.Tensor, n_last: int = 0) -> torch.Tensor:
-        """vectors (B, P, E) of length 1, first (B, P) bool -> label logits (B, P, K), or of the
-        last n_last slots alone. Slot j reads the vectors of slots i < j, back to the last slot <= j
-        that is marked `first`: there the view starts anew (a document, or what may be seen)."""
-        x = self.inp(vectors * vectors.shape[-1] ** 0.5)    # entries of size about one
-        x = F.pad(x, (0, 0, 1, -1))                     # slot j reads the vector of sentence j - 1
-        x = torch.where(first[..., None], self.start.to(x.dtype), x)        # (B, P, C)
-        slot = torch.arange(first.shape[1], device=first.device)
-        opening = torch.where(first, slot, 0).cummax(1).values      # (B, P) where its view began
-        # A slot sees the slots of its own view up to itself; padding sees itself, not nothing.
-        mask = (opening[:, :, None] == opening[:, None, :]).tril()          # (B, P, P)
+    def forward(self, vectors, first):
+        """vectors (B, P, E) of length 1, first (B, P) bool -> label logits (B, P, K).
+
+        Slot j attends to earlier slots, back to the latest one marked `first` (a new document, or
+        the edge of what may be seen). P is at most n_slots.
+        """
+        B, P, E = vectors.shape
+        # Vectors come in half precision; their entries are scaled to a size of about one.
+        x = self.inp(vectors.to(self.start.dtype) * E ** 0.5)               # (B, P, C)
+        # Slot j reads the vector of sentence j - 1, or `start`.
+        x = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+        x = torch.where(first[:, :, None], self.start.to(x.dtype), x)
+        # The slots since the latest `first` share a number. Each slot sees at least itself.
+        view = first.cumsum(1)                                              # (B, P)
+        same_view = view[:, :, None] == view[:, None, :]                    # (B, P, P)
+        mask = same_view.tril()[:, None]                                    # (B, 1, P, P)
+        rotary = self.rotary[:, :P]
         for block in self.blocks:
-            x = block(x, mask=mask[:, None])                                # (B, P, C)
-        x = x[:, -n_last:]                              # the others were context; -0 keeps all
-        return self.head(self.ln_f(x))                                      # (B, n_last or P, K)
+            x = block(x, rotary, mask=mask)
+        return self.head(self.ln_f(x))                                      # (B, P, K)
 
 
-def label_loss(label_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in nats of logits (B, S, K) against labels (B, S); -1 counts nothing."""
+def label_loss(label_logits, labels):
+    """Cross-entropy in nats of logits (B, P, K) against labels (B, S) of the last S of the P slots.
+
+    A label of -1 does not count.
+    """
+    label_logits = label_logits[:, -labels.shape[1]:]
     return F.cross_entropy(label_logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-1)
 
 
 class PlannedGPT(nn.Module):
-    """A GPT under one of the plans, with a planner where the plan asks for one."""
+    """A GPT under one of the plans, with a planner if the plan needs one.
 
-    def __init__(self, gpt: GPT, planner: Planner | None, plan: str, tau: float = 1.0):
+    reach and view say which sentences the planner may read (see data.window_batch); tau is the
+    temperature of the plan `gumbel`.
+    """
+
+    def __init__(self, gpt, planner, plan, reach, view, tau):
         super().__init__()
         self.gpt = gpt
         self.planner = None if plan in NO_PLANNER else planner
         self.plan = plan
+        self.reach = reach
+        self.view = view
         self.tau = tau
         if self.planner is not None and plan not in END_TO_END:
-            self.planner.requires_grad_(False)          # not even weight decay moves it
+            # Without gradients, not even weight decay changes it.
+            self.planner.requires_grad_(False)
 
-    def plan_rows(self, batch: Batch, generator: torch.Generator | None = None):
-        """The plan of each sentence that the targets touch, (B, S, C), and the planner's logits
-        (B, S, K); None and None under `none`."""
+    def batch(self, corpus, starts):
+        """The windows from `starts` (B,), with all that this model reads."""
+        return data.window_batch(corpus, starts, self.gpt.block_size, self.reach, self.view)
+
+    def plan_vectors(self, batch):
+        """Plan vectors (B, S, C) and the planner's logits (B, S, K); None and None under `none`."""
         if self.plan == "none":
             return None, None
-        n_last = batch.labels.shape[1]
-        if self.planner is None:                        # these plans look at no logits
-            K = len(self.gpt.label_emb)
-            label_logits = batch.vectors.new_zeros(*batch.labels.shape, K)  # (B, S, K)
-        else:                                           # step 3: what comes next
-            label_logits = self.planner(batch.vectors, batch.first, n_last)
-        rows = mix_labels(label_logits, self.gpt.label_emb, self.plan, batch.labels,
-                          batch.previous, self.tau, generator)              # (B, S, C)
-        return rows, label_logits
+        label_emb = self.gpt.label_emb
+        B, S = batch.labels.shape
+        if self.planner is None:
+            # This plan looks at no logits.
+            label_logits = label_emb.new_zeros(B, S, len(label_emb))
+        else:
+            label_logits = self.planner(batch.vectors, batch.first)[:, -S:]
+        plan_vectors = mix_labels(label_logits, label_emb, self.plan, batch.labels, batch.previous,
+                                  self.tau, self.training)
+        return plan_vectors, label_logits
 
-    def forward(self, batch: Batch, generator: torch.Generator | None = None,
-                reduction: str = "mean"):
-        """-> the next-token loss (a scalar, or (B, T)), and label logits (B, S, K) or None."""
-        rows, label_logits = self.plan_rows(batch, generator)
-        # Step 5: under an END_TO_END plan, this loss has a gradient to the planner through rows.
-        lm_loss = self.gpt(batch.tokens, batch.targets, rows, batch.sentence_id, reduction)
-        return lm_loss, label_logits
+    def forward(self, batch):
+        """The loss of each target in nats (B, T), and label logits (B, S, K) or None."""
+        plan_vectors, label_logits = self.plan_vectors(batch)
+        # Under an END_TO_END plan its mean has a gradient to the planner through plan_vectors.
+        nll = self.gpt(batch.tokens, batch.targets, plan_vectors, batch.sentence_id)
+        return nll, label_logits
+
+
+def build_model(config, plan, vocab_size):
+    """An untrained model with the sizes in train.Config, or in a saved copy of its options."""
+    c = config
+    n_labels = 0 if plan == "none" else c.n_labels
+    gpt = GPT(vocab_size, c.block_size, c.n_layer, c.n_head, c.n_embd, n_labels, c.seed)
+    # The longest row: runs of sentences in stage planner, or a window and the sentences before it.
+    n_slots = c.planner_reach + max(c.planner_reach, c.block_size + 8)
+    # Sentence vectors are means of token embeddings, so E = C.
+    planner = Planner(c.n_embd, c.n_labels, c.planner_layer, c.n_head, c.n_embd, n_slots, c.seed)
+    return PlannedGPT(gpt, planner, plan, c.planner_reach, c.planner_view, c.gumbel_tau)

@@ -1,20 +1,22 @@
-"""Trains a language model that plans, end to end: `python train.py [--name=value ...]`.
+"""Train a language model that plans, end to end: python train.py [--name=value ...]
 
 Four stages, each with a checkpoint in out_dir:
-  lm       the GPT alone, on the next-token loss                -> lm.pt
-  labels   a vector and a label for every sentence              -> labels.pt
-  planner  the planner alone, to predict the next label         -> planner.pt
-  joint    for each plan, the GPT or both, on lm's loss         -> joint_<plan>.pt
-All plans see the same batches, which follow from seed and step, as does gumbel's noise: no random
-state is saved, and --resume ends bit for bit like an undisturbed run on the CPU.
+  lm       a GPT without a plan, on the next-token loss              -> lm.pt
+  labels   a vector and a label for every sentence                   -> labels.pt
+  planner  the planner alone, to predict the label that comes next   -> planner.pt
+  joint    for each plan, the GPT, and the planner if the plan is
+           trained end to end, on the next-token loss                -> joint_<plan>.pt
+The same command continues a run: finished stages are loaded, an unfinished one (NAME.partial.pt)
+goes on from its last checkpoint. Batches and noise are functions of (seed, stage, step), so on a
+CPU a run that was interrupted ends bit for bit like one that was not.
 """
 import argparse
 import contextlib
+import json
 import math
 import os
 import sys
 import time
-import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,418 +24,551 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
 import labels
-from eval import Parser, Run, evaluate, one_line_errors, summary, table, versions
+from data import InputError
+from eval import (choose_autocast, choose_device, evaluate, exit_with, load_run, parse_arguments,
+                  score, summary, table, versions)
 from model import END_TO_END, PLANS
-from planner import Planner, label_loss
+from planner import Planner, build_model, label_loss
 
 
-def opt(default, text, least=None, choices=()):
-    """An option: its default, what --help says of it, and the values that it can have."""
+def opt(default, text, least=None, choices=None):
+    """An option: its default, its help text, its smallest value or the values it can have."""
     return field(default=default, metadata={"help": text, "least": least, "choices": choices})
 
 
 @dataclass
 class Config:
     """Every option. The command line is made from these fields."""
-    # what, where
-    data: str = opt("docstrings", "docstrings, wikitext103, tinystories, or a path to UTF-8 text")
-    tokenizer: str = opt("bpe", "trained on the corpus, or downloaded", choices=("bpe", "gpt2"))
+    # What, and where.
+    data: str = opt("docstrings", "docstrings, or a path to UTF-8 text")
+    tokenizer: str = opt("bpe", "bpe: trained on the text; gpt2: downloaded", choices=("bpe", "gpt2"))
     vocab_size: int = opt(4096, "tokens of the bpe tokenizer, 257 to 65536; gpt2 has 50257", 257)
-    cache_dir: str = opt("cache", "where prepared corpora and downloads are kept")
-    out_dir: str = opt("out", "where this run's files go")
-    seed: int = opt(0, "of initialisation, batches, k-means and noise", 0)
-    device: str = opt("auto", "auto (cuda, then mps, then cpu), cuda, mps or cpu")
-    dtype: str = opt("auto", "auto is the faster here", choices=("auto", "bfloat16", "float32"))
+    cache_dir: str = opt("cache", "folder for prepared texts")
+    out_dir: str = opt("out", "folder of this run")
+    seed: int = opt(0, "seed of initialisation, batches, k-means and noise", 0)
+    device: str = opt("auto", "auto (cuda, else mps, else cpu), cuda, mps or cpu")
+    dtype: str = opt("auto", "auto: bfloat16 if this hardware is fast at it",
+                     choices=("auto", "bfloat16", "float32"))
     preset: str = opt("laptop", "a set of defaults", choices=("laptop", "gpu", "tiny"))
-    resume: bool = opt(False, "continue the run in out_dir, with its options")
-    start: str = opt("", "an out_dir whose options and finished stages this run begins with")
-    compile: bool = opt(False, "torch.compile the models; minutes at first, faster steps on a GPU")
-    plans: str = opt("none,hard,soft", f"the joint stages, of {','.join(PLANS)}; or all")
-    # sizes
+    compile: bool = opt(False, "torch.compile the models: a slow start, then faster steps on a GPU")
+    plans: str = opt("none,hard,soft", f"plans to train: all, or some of {','.join(PLANS)}")
+    # Sizes.
     n_layer: int = opt(4, "blocks of the GPT", 1)
-    n_head: int = opt(3, "attention heads, of GPT and planner", 1)
-    n_embd: int = opt(192, "C: width, of GPT and planner", 1)
+    n_head: int = opt(3, "attention heads of GPT and planner", 1)
+    n_embd: int = opt(192, "C: width of GPT and planner", 1)
     block_size: int = opt(64, "T: window of the GPT in tokens", 1)
     n_labels: int = opt(256, "K: labels, the clusters of k-means", 1)
     planner_layer: int = opt(2, "blocks of the planner", 1)
-    planner_reach: int = opt(16, "sentences before the window that the planner can look back", 1)
-    planner_view: str = opt("document", "window: what the GPT sees", choices=("document", "window"))
-    # training
-    batch_size: int = opt(32, "windows in a micro-batch; rows of sentences in stage planner", 1)
-    grad_accum: int = opt(1, "micro-batches in a step", 1)
+    planner_reach: int = opt(16, "sentences before the window that the planner reads", 1)
+    planner_view: str = opt("document", "window: the planner reads only what the GPT sees",
+                            choices=("document", "window"))
+    # Training.
+    batch_size: int = opt(32, "windows (stage planner: runs of sentences) in a micro-batch", 1)
+    grad_accum: int = opt(1, "micro-batches in a step, a multiple of the number of processes", 1)
     lm_steps: int = opt(1000, "steps of stage lm", 1)
     planner_steps: int = opt(300, "steps of stage planner", 1)
     joint_steps: int = opt(600, "steps of stage joint, for each plan", 1)
     muon_lr: float = opt(0.02, "peak learning rate of the blocks' matrices (Muon); 0: AdamW", 0)
-    lm_lr: float = opt(1e-2, "peak learning rate of stage lm, of the rest (AdamW)", 1e-9)
-    planner_lr: float = opt(1e-3, "peak learning rate of stage planner", 0)
-    joint_lr: float = opt(4e-3, "peak learning rate of stage joint; Muon's falls in proportion", 0)
+    lm_lr: float = opt(1e-2, "peak learning rate of all else in stage lm (AdamW)", 1e-9)
+    planner_lr: float = opt(1e-3, "the same in stage planner", 0)
+    joint_lr: float = opt(4e-3, "the same in stage joint, where Muon's rate falls in proportion", 0)
     joint_planner_lr: float = opt(2e-4, "peak learning rate of the planner in stage joint", 0)
     unfreeze_step: int = opt(0, "step of stage joint from which the planner is trained", 0)
     gumbel_tau: float = opt(1.0, "temperature of the plan gumbel", 1e-3)
-    weight_decay: float = opt(0.1, "of matrices; not of label_emb", 0)
+    weight_decay: float = opt(0.1, "of matrices, but not of label_emb", 0)
     eval_every: int = opt(200, "steps between validations, and between checkpoints", 1)
-    eval_tokens: int = opt(16384, "validation tokens of those; the final table takes all", 16)
+    eval_tokens: int = opt(16384, "validation tokens for those; the table takes all", 16)
 
     @property
-    def plan_names(self) -> list[str]:                  # in the order given, each once
-        return list(PLANS) if self.plans == "all" else list(dict.fromkeys(self.plans.split(",")))
+    def plan_names(self):
+        """The plans to train, in the order given, each once."""
+        if self.plans == "all":
+            return list(PLANS)
+        return list(dict.fromkeys(self.plans.split(",")))
 
-    def check(self) -> None:
-        """Raises ValueError for a value, or a combination, that can't be."""
-        for f in fields(self):
-            value, least = getattr(self, f.name), f.metadata["least"]
-            if least is not None and not least <= value < math.inf:     # nan is refused here, too
-                raise ValueError(f"{f.name}={value}: must be finite and at least {least}")
-        if not set(self.plan_names) <= set(PLANS):
-            raise ValueError(f"plans={self.plans}: choose of {','.join(PLANS)}; or all")
-        if self.vocab_size > 1 << 16:                   # the store keeps a token in two bytes
-            raise ValueError(f"vocab_size={self.vocab_size}: must be at most 65536")
-        if self.n_embd % (2 * self.n_head):             # each head has C / H entries, in pairs
-            raise ValueError(f"n_embd={self.n_embd} must be a multiple of {2 * self.n_head}, twice "
+    def check(self):
+        """Check the options; raise InputError with a readable message."""
+        for option in fields(self):
+            value = getattr(self, option.name)
+            least = option.metadata["least"]
+            if least is not None and not least <= value < math.inf:
+                raise InputError(f"{option.name}={value}: must be finite and at least {least}")
+        for plan in self.plan_names:
+            if plan not in PLANS:
+                raise InputError(f"plans={self.plans}: choose from {','.join(PLANS)}, or all")
+        if self.vocab_size > 65536:
+            raise InputError(f"vocab_size={self.vocab_size}: must be at most 65536")
+        if self.n_embd % (2 * self.n_head):
+            raise InputError(f"n_embd={self.n_embd} must be a multiple of {2 * self.n_head}, twice "
                              f"n_head={self.n_head}")
+        if self.preset == "gpu" and self.data == "docstrings":
+            raise InputError("preset=gpu would read the 13 MB of docstrings hundreds of times: give "
+                             "it 500 MB of text or more with --data=PATH")
 
 
-PRESETS = {             # laptop: the defaults; gpu: 124 M parameters, 0.5 M tokens a step
-    "tiny": dict(vocab_size=512, n_layer=1, n_head=2, n_embd=32, block_size=32, n_labels=8,
-                 planner_layer=1, planner_reach=16, batch_size=8, lm_steps=20, planner_steps=20,
-                 joint_steps=20, eval_tokens=2048),     # seconds: to try things out
-    "gpu": dict(tokenizer="gpt2", n_layer=12, n_head=12, n_embd=768, block_size=1024, n_labels=1024,
-                planner_layer=4, planner_reach=128, grad_accum=16, lm_steps=2000, lm_lr=6e-4,
-                planner_steps=1000, planner_lr=3e-4, joint_steps=1000, joint_lr=3e-4, compile=True,
-                joint_planner_lr=3e-4, eval_every=250, eval_tokens=262144),
+PRESETS = {
+    # The defaults.
+    "laptop": {},
+    # Seconds, to try things out.
+    "tiny": dict(
+        vocab_size=512, n_layer=1, n_head=2, n_embd=32, block_size=32, n_labels=8, planner_layer=1,
+        batch_size=8, lm_steps=20, planner_steps=20, joint_steps=20, eval_tokens=2048),
+    # 124 M parameters, 0.5 M tokens a step.
+    "gpu": dict(
+        tokenizer="gpt2", n_layer=12, n_head=12, n_embd=768, block_size=1024, n_labels=1024,
+        planner_layer=4, planner_reach=128, grad_accum=16, lm_steps=2000, lm_lr=6e-4,
+        planner_steps=1000, planner_lr=3e-4, joint_steps=1000, joint_lr=3e-4, joint_planner_lr=3e-4,
+        compile=True, eval_every=250, eval_tokens=262144),
 }
-STAGE_OPTIONS = {       # what a stage depends on, beside what those before it do; --resume keeps it
-    "lm": "data tokenizer vocab_size seed dtype n_layer n_head n_embd block_size batch_size "
-          "grad_accum lm_steps muon_lr lm_lr weight_decay",
-    "labels": "n_labels",
-    "planner": "planner_layer planner_reach planner_view planner_steps planner_lr",
-    "joint": "joint_steps joint_lr joint_planner_lr unfreeze_step gumbel_tau",
+# Options that a stage depends on, in addition to those of earlier stages.
+STAGE_OPTIONS = {
+    "lm": ["tokenizer", "vocab_size", "seed", "dtype", "n_layer", "n_head", "n_embd", "block_size",
+           "batch_size", "grad_accum", "lm_steps", "muon_lr", "lm_lr", "weight_decay"],
+    "labels": ["n_labels"],
+    "planner": ["planner_layer", "planner_reach", "planner_view", "planner_steps", "planner_lr"],
+    "joint": ["joint_steps", "joint_lr", "joint_planner_lr", "unfreeze_step", "gumbel_tau"],
 }
 
 
 # --- the four stages ------------------------------------------------------------------------------
-def train(c: Config) -> None:
+def train(c):
     """All stages, one after the other, and the table of all plans on validation."""
-    run = begin(c)                                      # step 1: corpus and sentences
-    gpt = run.new_model("none")                         # every plan starts from it
-    fit(run, "lm", gpt, [(gpt, c.muon_lr, c.lm_lr)], c.lm_steps)
-    with rank_0_first(run):                             # the other ranks read what it fitted
-        make_labels(run)                                # step 2
-    planner = run.new_model("soft").planner             # step 3
-    fit(run, "planner", planner, [(planner, c.muon_lr, c.planner_lr)], c.planner_steps)
-    for plan in c.plan_names:                           # steps 4 and 5
-        train_joint(run, plan)
-    if run.rank == 0:
-        results = evaluate(run, run.corpus("val"), run.store().bytes["val"], "val")
-        data.write_json(run.out / "results.json", results)
+    s = set_up(c)
+    gpt = build_model(c, "none", s.store.tokenizer.n_vocab)
+    fit(c, s, "lm", gpt, c.lm_steps, [(gpt, c.muon_lr, c.lm_lr)])
+
+    # The other processes read what the first one made.
+    with first_process_first(s.rank, s.world):
+        if not (s.out / "labels.pt").exists():
+            make_labels(c, s, gpt)
+    run = load_run(s.out, str(s.device))
+    run.labeler.label(s.train)
+    run.labeler.label(s.val)
+
+    planner = build_model(c, "soft", s.store.tokenizer.n_vocab).planner
+    fit(c, s, "planner", planner, c.planner_steps, [(planner, c.muon_lr, c.planner_lr)])
+
+    for plan in c.plan_names:
+        # All plans start from the same GPT, the same planner and the same label embeddings.
+        model = build_model(c, plan, s.store.tokenizer.n_vocab)
+        model.load_state_dict(model.state_dict() | gpt.state_dict())
+        # Muon's rate falls with AdamW's, or the stage would begin by unlearning.
+        parts = [(model.gpt, c.muon_lr * c.joint_lr / c.lm_lr, c.joint_lr)]
+        if plan != "none":
+            # E = C, so a centroid can be a label embedding.
+            model.gpt.label_emb.data = run.labeler.centroids.clone()
+        if model.planner is not None:
+            model.planner.load_state_dict(planner.state_dict())
+        if plan in END_TO_END:
+            # By AdamW: the planner should change slowly, and Muon's steps do not shrink with the
+            # gradient.
+            parts.append((model.planner, 0.0, c.joint_planner_lr))
+        fit(c, s, f"joint_{plan}", model, c.joint_steps, parts)
+
+    if s.rank == 0:
+        results = evaluate(run, s.val, s.store.bytes["val"], "val")
+        data.write_json(s.out / "results.json", results)
         print(table(results))
-    if run.world > 1:
+    if s.world > 1:
+        dist.barrier()
         dist.destroy_process_group()
 
 
-def make_labels(run: Run) -> None:
-    """Step 2: sentence vectors and k-means, fitted on the training split alone."""
-    c, corpus = run.config, run.corpus("train")
-    if not run.has("labels"):
-        labeler = labels.Labeler(run.tokenizer.n_vocab, c.n_embd, c.n_labels)
-        labeler.fit_vectors(run.load("lm")["model"]["gpt.wte.weight"], corpus)      # (V, E)
-        corpus.vectors = labeler.embed(corpus)                              # (n, E)
-        device = run.device if run.device.type == "cuda" else "cpu"         # mps has no float64
-        centroids, label, loss = labels.kmeans(corpus.vectors, c.n_labels, c.seed, device=device)
-        labeler.centroids = centroids.cpu()                                 # (K, E)
-        corpus.labels = label.cpu().numpy()                                 # (n,)
-        print(f"labels: k-means of {len(label):,} sentences into {c.n_labels}, inertia {loss:.0f}")
-        run.save("labels", {"model": labeler.state_dict(), "inertia": loss, "done": True,
-                            "bigram": labels.label_bigram(corpus, c.n_labels),      # (K+2, K)
-                            "descriptions": labels.describe(labeler, corpus, run.tokenizer)})
-    run.use_labels()                                    # from the file, first time or not
-
-
-def train_joint(run: Run, plan: str) -> None:
-    """Steps 4 and 5: the GPT under a plan, and end to end the planner, on the next-token loss."""
-    c, model = run.config, run.new_model(plan)
-    model.load_state_dict(run.load("lm")["model"], strict=False)    # plan maps stay 0
-    if plan != "none":
-        model.gpt.label_emb.data = run.labeler.centroids.cpu().clone()      # (K, C): here E = C
-    if model.planner is not None:                       # it predicts labels already
-        run.load("planner", model.planner)
-    parts = [(model.gpt, c.muon_lr * c.joint_lr / c.lm_lr, c.joint_lr)]     # both fall alike
-    if plan in END_TO_END:                              # elsewhere the planner keeps its weights
-        parts.append((model.planner, 0.0, c.joint_planner_lr))     # all by AdamW
-    fit(run, f"joint_{plan}", model, parts, c.joint_steps)
+def make_labels(c, s, gpt):
+    """Stage labels: sentence vectors and k-means, fitted on the training split alone."""
+    labeler = labels.Labeler(s.store.tokenizer.n_vocab, c.n_embd, c.n_labels)
+    labeler.fit_vectors(gpt.gpt.wte.weight.detach().cpu(), s.train)
+    vectors = labeler.embed(s.train)                                        # (n, E)
+    device = "cuda" if s.device.type == "cuda" else "cpu"
+    centroids, _, inertia = labels.kmeans(vectors, c.n_labels, c.seed, device=device)
+    labeler.centroids = centroids.cpu()                                     # (K, E)
+    labeler.label(s.train)
+    print(f"labels: k-means of {len(vectors):,} sentences into {c.n_labels}, inertia {inertia:.0f}")
+    save(s.out / "labels.pt", {
+        "options": stage_options(c, s.store, "labels"),
+        "model": labeler.state_dict(),
+        "bigram": labels.label_bigram(s.train, c.n_labels),
+        "descriptions": labels.describe(labeler, s.train, s.store.tokenizer),
+    })
 
 
 # --- the loop -------------------------------------------------------------------------------------
-def fit(run: Run, name: str, model: torch.nn.Module, parts: list, steps: int) -> None:
-    """Trains a model's parts, [(module, Muon's peak rate, AdamW's)], from the checkpoint NAME.pt if
-    there is one, and leaves it finished. Raises ValueError where a gradient is not finite."""
-    c, device, stage = run.config, run.device, name.split("_")[0]           # joint_soft -> joint
-    optimizers = make_optimizers(parts, c.weight_decay, device)
+def fit(c, s, name, model, steps, parts):
+    """Train a stage, or what is left of it, and leave out/NAME.pt.
+
+    parts: [(module to train, Muon's peak learning rate, AdamW's)]. Raises InputError if a gradient
+    is not finite.
+    """
+    stage = name.split("_")[0]
+    # The whole model: the optimizers know only the parts that they train.
+    model.to(s.device)
+    optimizers = make_optimizers(parts, c.weight_decay, s.device)
     first_step = 0
-    if run.has(name):
-        saved = run.load(name, model)
-        print(f"{name}: " + ("finished before" if saved["done"] else f"from step {saved['step']}"))
-        if saved["done"]:
-            return
+    finished = s.out / f"{name}.pt"
+    partial = s.out / f"{name}.partial.pt"
+    if finished.exists():
+        print(f"{name}: finished before")
+        data.load_weights(model, data.read_checkpoint(finished)["model"], finished)
+        return
+    if partial.exists():
+        saved = data.read_checkpoint(partial)
+        data.load_weights(model, saved["model"], partial)
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
-        first_step = saved["step"]                  # nothing else: batches follow from the step
-    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools")  # rotary_table's
-    net = torch.compile(model) if c.compile else model
-    if run.world > 1:                               # averages gradients over ranks, in backward()
-        net = torch.nn.parallel.DistributedDataParallel(net)
-    tokens, since = 0, time.perf_counter()
-    bar = tqdm(range(first_step, steps), name, steps, initial=first_step, disable=run.rank > 0)
+        first_step = saved["step"]
+        print(f"{name}: goes on from step {first_step}")
+    corpus = s.train
+    if stage == "joint" and model.planner is None:
+        # Without a planner, batches need no vectors.
+        corpus = replace(corpus, vectors=None)
+    net = model
+    if c.compile:
+        # All plans share one forward: without a reset, later plans hit the limit of recompilations
+        # and run eagerly.
+        torch.compiler.reset()
+        net = torch.compile(net)
+    if s.world > 1:
+        net = DistributedDataParallel(net)
+    n_micro = c.grad_accum // s.world
+    n_units = 0                                     # tokens; in stage planner labels
+    since = time.perf_counter()
+    bar = tqdm(range(first_step, steps), name, steps, initial=first_step, disable=s.rank > 0)
 
     for step in bar:
         # 1. The learning rate rises over a twentieth of the steps, then falls along a cosine.
-        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-            group["lr"] = group["peak_lr"] * learning_rate(step, steps)
-        # 2. Gradients, summed over the micro-batches of this step.
-        loss = torch.zeros((), device=device)
-        for micro in range(run.grad_accum):
-            net.require_backward_grad_sync = micro == run.grad_accum - 1    # ranks talk once a step
-            batch = make_batch(run, stage, step, micro).to(device)
-            noise = torch.Generator(device).manual_seed(hash((c.seed, step, micro, run.rank)))
-            with run.autocast():
-                if stage == "planner":                                      # nats a label
-                    label_logits = net(batch.vectors, batch.first, batch.labels.shape[1])
-                    micro_loss = label_loss(label_logits, batch.labels)
-                else:                                                       # nats a token
-                    micro_loss, _ = net(batch, noise)
-            (micro_loss / run.grad_accum).backward()    # their sum is the gradient of the mean
-            loss += micro_loss.detach() / run.grad_accum
-            tokens += run.world * (batch.tokens.numel() or batch.labels.numel())
-        if stage == "joint" and step < c.unfreeze_step and model.planner is not None:
-            model.planner.zero_grad()               # without a gradient there is no step
-        # 3. Clip and step.
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)     # of both parts
+        share = learning_rate(step, steps)
         for optimizer in optimizers:
-            with run.autocast():                        # of Muon's products
+            for group in optimizer.param_groups:
+                group["lr"] = share * group["peak_lr"]
+
+        # 2. Gradients, accumulated over the micro-batches of this step.
+        loss = 0.0
+        for micro in range(n_micro):
+            # Synchronise gradients only on the last micro-step.
+            net.require_backward_grad_sync = micro == n_micro - 1
+            batch = make_batch(c, s, corpus, stage, step, micro).to(s.device)
+            if c.compile:
+                batch.mark_dynamic()
+            # For the noise of `gumbel`.
+            torch.manual_seed(hash((c.seed, step, micro, s.rank)))
+            with s.autocast:
+                if stage == "planner":
+                    label_logits = net(batch.vectors, batch.first)
+                    micro_loss = label_loss(label_logits, batch.labels)     # nats per label
+                else:
+                    nll, _ = net(batch)                                     # (B, T)
+                    micro_loss = nll.mean()                                 # nats per token
+            # Scale the loss so that accumulated gradients average over micro-batches.
+            (micro_loss / n_micro).backward()
+            loss += micro_loss.detach() / n_micro
+            n_units += batch.tokens.numel() or batch.labels.numel()
+        if stage == "joint" and step < c.unfreeze_step and model.planner is not None:
+            # AdamW leaves parameters without a gradient alone.
+            model.planner.zero_grad()
+
+        # 3. Clip and step.
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            # Muon's products are in bfloat16 too if the model's are.
+            with s.autocast:
                 optimizer.step()
             optimizer.zero_grad()
-        # 4. Log, validate, save. Not in every step: to read the loss makes a GPU wait.
-        done, last = step + 1, step + 1 == steps
-        saving = last or done % c.eval_every == 0
-        if not (saving or done % 10 == 0):
+
+        # 4. Log, validate, save. Not every step: reading the loss waits for the GPU.
+        done = step + 1
+        is_last = done == steps
+        save_now = is_last or done % c.eval_every == 0
+        log_now = save_now or done % 10 == 0
+        if not log_now:
             continue
-        if not math.isfinite(grad_norm):            # all later ones are not, either: none is missed
-            raise ValueError(f"{name}: the gradient is not finite by step {done}; the last "
-                             "checkpoint is intact: lower the learning rate (with --start)")
-        if run.world > 1:
-            dist.all_reduce(loss)                   # a sum over ranks
-        loss, speed = float(loss) / run.world, tokens / (time.perf_counter() - since)
-        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f}/s")
-        if run.rank == 0:
-            run.log(stage=name, step=done, loss=loss, grad_norm=float(grad_norm),
-                    lr=optimizer.param_groups[0]["lr"], per_second=speed)      # AdamW's
-            if saving:                              # on rank 0 alone: the others wait
-                run.log(stage=name, step=done, **validate(run, model))
-                run.save(name, {"step": done, "done": last, "model": model.state_dict(),
-                                "optimizers": [] if last else [x.state_dict() for x in optimizers]})
-        tokens, since = 0, time.perf_counter()      # the speed is that of training alone
-    if run.world > 1:
-        dist.barrier()                              # the last checkpoint is there for all
+        # A NaN stays a NaN, so checking every ten steps catches it.
+        if not math.isfinite(grad_norm):
+            raise InputError(f"{name}: the gradient is not finite by step {done}. Lower this stage's "
+                             "learning rate, in another out_dir; the last checkpoint is intact")
+        if s.world > 1:
+            dist.all_reduce(loss)
+        if s.rank == 0:
+            figures = {
+                "loss": loss.item() / s.world,
+                "grad_norm": grad_norm.item(),
+                "lr": share * parts[0][2],
+                "per_second": s.world * n_units / (time.perf_counter() - since),
+            }
+            bar.set_postfix_str("loss {loss:.3f}, {per_second:,.0f}/s".format(**figures))
+            if save_now:
+                figures |= validate(c, s, model)
+                checkpoint = {"options": stage_options(c, s.store, name), "model": model.state_dict()}
+                if not is_last:
+                    checkpoint["step"] = done
+                    checkpoint["optimizers"] = [x.state_dict() for x in optimizers]
+                save(finished if is_last else partial, checkpoint)
+            # If a step is done twice, its last line counts.
+            with open(s.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"stage": name, "step": done} | figures) + "\n")
+        # The speed is that of training alone.
+        n_units = 0
+        since = time.perf_counter()
+    if s.world > 1:
+        # The checkpoint is there for all processes.
+        dist.barrier()
+    partial.unlink(missing_ok=True)
 
 
-def make_batch(run: Run, stage: str, step: int, micro: int) -> data.Batch:
-    """A rank's micro-batch: a function of seed, stage and step, the same for all plans."""
-    c, corpus = run.config, run.corpus("train")
-    length, width = len(corpus.tokens), c.block_size
-    rows = stage == "planner" and c.planner_view == "document"  # of sentences; windows have fewer
-    if rows:                    # twice its reach: half of the slots have as much behind them
-        length, width = corpus.n_sentences, min(2 * c.planner_reach, corpus.n_sentences // 2)
-    seed = c.seed, list(STAGE_OPTIONS).index(stage)     # each stage draws its own
+def make_batch(c, s, corpus, stage, step,
+               micro):
+    """This process's micro-batch: a function of (seed, stage, step), so all plans see the same."""
+    # With the view of the document, stage planner reads runs of sentences: they have more labels
+    # than windows. At twice the planner's reach, half of the slots have as much before them.
+    use_runs = stage == "planner" and c.planner_view == "document"
+    length = len(corpus.tokens)
+    width = c.block_size
+    if use_runs:
+        length = corpus.n_sentences
+        width = min(2 * c.planner_reach, length // 2)
+    seed = (c.seed, list(STAGE_OPTIONS).index(stage))
     starts = data.batch_starts(length, width, c.batch_size * c.grad_accum, seed, step)
-    starts = starts.reshape(run.grad_accum, run.world, -1)[micro, run.rank]   # (B,) its share
-    if rows:
+    starts = starts.reshape(-1, s.world, c.batch_size)[micro, s.rank]       # (B,)
+    if use_runs:
         return data.sentence_batch(corpus, starts, width)
     return data.window_batch(corpus, starts, width, c.planner_reach, c.planner_view)
 
 
-def learning_rate(step: int, steps: int) -> float:
+def learning_rate(step, steps):
     """Share of the peak: up along a line to 1, down along a cosine to 0.1."""
     warmup = max(1, steps // 20)
-    fall = max(0, step - warmup) / max(1, steps - warmup)           # 0 before the peak, then to 1
-    return min(1, (step + 1) / warmup) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * fall)))
-
-
-def make_optimizers(parts: list, weight_decay: float, device: torch.device) -> list:
-    """[Muon, AdamW] for [(module, Muon's peak rate, AdamW's)]: Muon for the matrices of the blocks,
-    unless its rate is 0, and AdamW for all else. Matrices decay, but not label_emb."""
-    muon, adamw = [], []
-    for module, muon_lr, lr in parts:
-        for name, p in module.to(device).named_parameters():
-            inner = "blocks." in name and p.dim() == 2 and "plan_map" not in name
-            groups, peak_lr = (muon, muon_lr) if inner and muon_lr else (adamw, lr)
-            decays = p.dim() == 2 and not name.endswith("label_emb")        # no norms
-            groups.append({"params": [p], "peak_lr": peak_lr,
-                           "weight_decay": weight_decay if decays else 0.0})
-    adamw = torch.optim.AdamW(adamw, betas=(0.9, 0.95), fused=device.type != "mps")
-    return [Muon(muon, {}), adamw] if muon else [adamw]
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose steps are made orthogonal, so that they favour no direction of a matrix.
-    Source: Jordan et al., "Muon", 2024. torch's own multiplies in bfloat16: slow on most CPUs."""
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:                 # a matrix each, which has a gradient
-            p, lr = group["params"][0], group["lr"]
-            if not self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-            momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)
-            update = orthogonal(p.grad.lerp(momentum, 0.95))        # Nesterov's
-            p.mul_(1 - lr * group["weight_decay"])
-            p.add_(update, alpha=-lr * max(1, p.shape[0] / p.shape[1]) ** 0.5)  # the source's scale
-
-
-def orthogonal(x: torch.Tensor) -> torch.Tensor:
-    """x (M, N), its singular values brought near 1 by five Newton-Schulz iterations."""
-    wide = x if x.shape[0] < x.shape[1] else x.T        # the smaller products
-    wide = wide / (wide.norm() + 1e-7)                  # no singular value is above 1
-    for _ in range(5):
-        a = wide @ wide.T
-        b = torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315)                # -4.775 a + 2.0315 a a
-        wide = torch.addmm(wide, b, wide, beta=3.4445)                      # 3.4445 x + b x
-    return wide if x.shape[0] < x.shape[1] else wide.T
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @torch.no_grad()
-def validate(run: Run, model: torch.nn.Module) -> dict:
-    """Nats a token, and the planner's figures, on the first eval_tokens of validation."""
-    corpus, n = run.corpus("val"), run.config.eval_tokens
-    if isinstance(model, Planner):      # alone, on the sentences that disjoint windows touch
-        c = run.config
-        starts = np.arange(0, min(n, len(corpus.tokens)), c.block_size)
-        batch = data.window_batch(corpus, starts, c.block_size, c.planner_reach, c.planner_view)
-        batch = batch.to(run.device)
-        label_logits = model(batch.vectors, batch.first, batch.labels.shape[1])
+def validate(c, s, model):
+    """The figures of a model, or of a planner alone, on the first eval_tokens of validation."""
+    if isinstance(model, Planner):
+        # All sentences that disjoint windows touch.
+        starts = np.arange(0, min(c.eval_tokens, len(s.val.tokens)), c.block_size)
+        batch = data.window_batch(s.val, starts, c.block_size, c.planner_reach, c.planner_view)
+        batch = batch.to(s.device)
+        label_logits = model(batch.vectors, batch.first)
         return {"val_label_nats": label_loss(label_logits, batch.labels).item()}
-    figures = summary(run.score(model, corpus, max_tokens=n), corpus, 1)     # no bits per byte
-    names = {"nll": "val_nll", "planner_ce": "val_label_nats", "planner_acc": "val_top1"}
-    return {new: figures[old] for old, new in names.items() if figures[old] is not None}
+    nll, label_log_probs = score(model, s.val, s.autocast, c.eval_tokens)
+    figures = summary(nll, label_log_probs, s.val, n_bytes=1)
+    return {"val_nll": figures["nll"], "val_label_nats": figures["planner_ce"]}
 
 
-def begin(config: Config) -> Run:
-    """Opens out_dir for training. Raises ValueError where options do not fit the corpus, or it."""
-    run = Run(config)
-    run.rank, run.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    common = math.gcd(config.grad_accum, run.world)
-    run.grad_accum = config.grad_accum // common        # ranks share a step's micro-batches, and
-    share = run.world // common                         # where those are too few, the rows of each
-    if config.batch_size % share:                       # else ranks would differ in their rows
-        raise ValueError(f"batch_size={config.batch_size}: {run.world} processes share it, choose "
-                         f"a multiple of {share}")
-    if config.resume:                                   # run.store() looks whether the text is this
-        run.fingerprint = data.read_json(run.out / "config.json", "fingerprint")["fingerprint"]
-    elif any(run.out.glob("*.pt")):                     # before ranks join: later, rank 0 writes
-        raise ValueError(f"out_dir={run.out} holds a run: choose another, or continue by --resume")
-    if run.world > 1:                                   # joins the other processes of torchrun
-        if run.device.type == "cuda":                   # one GPU for each rank of this machine
-            run.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(run.device)
-        dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=12))    # rank 0 may prepare for long
-    if run.rank:
-        sys.stdout = open(os.devnull, "w")              # one screen, one voice
-    with rank_0_first(run):                             # it prepares, the others open
-        run.out.mkdir(parents=True, exist_ok=True)
-        store = run.store()                             # step 1: the corpus, cut into sentences
-        run.fingerprint, run.tokenizer = store.fingerprint, store.tokenizer
-        if run.rank == 0:
-            data.save_tokenizer(run.out / "tokenizer.json", store.tokenizer)
-            data.write_json(run.out / "config.json", asdict(config) | {
-                "fingerprint": store.fingerprint, "versions": versions()})
-            if config.start and not config.resume:      # a continued run has its own by now
-                copy_stages(run, Path(config.start))
-    corpus = run.corpus("train")
-    if config.n_labels > corpus.n_sentences:
-        raise ValueError(f"n_labels={config.n_labels}: there are {corpus.n_sentences} sentences to "
-                         "train on; ask for fewer labels, or give more text")
-    print(f"data: {config.data}, fingerprint {run.fingerprint}, {len(corpus.tokens):,} training "
-          f"tokens; {run.device}, {'bfloat16' if run.autocast()._enabled else 'float32'}")
-    return run
+# --- the optimizers -------------------------------------------------------------------------------
+def make_optimizers(parts, weight_decay, device):
+    """[Muon, AdamW] for [(module, Muon's peak learning rate, AdamW's)].
+
+    Muon trains the matrices of the blocks, unless its rate is 0; AdamW trains the rest. Matrices
+    decay, except label_emb; norms and single vectors don't.
+    """
+    muon_groups = []
+    adamw_groups = []
+    for module, muon_lr, adamw_lr in parts:
+        matrices = []
+        decayed = []
+        undecayed = []
+        for name, p in module.named_parameters():
+            in_block = "blocks." in name and p.dim() == 2 and "plan_map" not in name
+            if in_block and muon_lr > 0:
+                matrices.append(p)
+            elif p.dim() == 2 and not name.endswith("label_emb"):
+                decayed.append(p)
+            else:
+                undecayed.append(p)
+        muon_groups.append(dict(params=matrices, peak_lr=muon_lr))
+        adamw_groups.append(dict(params=decayed, peak_lr=adamw_lr))
+        adamw_groups.append(dict(params=undecayed, peak_lr=adamw_lr, weight_decay=0.0))
+    muon = Muon(muon_groups, dict(weight_decay=weight_decay))
+    fused = device.type in ("cpu", "cuda")
+    adamw = torch.optim.AdamW(adamw_groups, betas=(0.9, 0.95), weight_decay=weight_decay, fused=fused)
+    return [muon, adamw]
 
 
-def copy_stages(run: Run, source: Path) -> None:
-    """Copies the finished stages of another run, up to the first that the options change."""
-    other = Run(replace(run.config, out_dir=str(source)))
-    saved = data.read_json(source / "config.json", "fingerprint")
-    wanted = asdict(run.config) | {"fingerprint": run.fingerprint}          # of the text
-    for stage, options in STAGE_OPTIONS.items():
-        changed = [f"{option}={wanted[option]}" for option in ["fingerprint", *options.split()]
-                   if wanted[option] != saved[option]]
-        if changed:                                     # the stages after it begin with its result
-            return print(f"start: from stage {stage} on all is trained anew: {', '.join(changed)}")
-        names = [f"joint_{plan}" for plan in run.config.plan_names] if stage == "joint" else [stage]
-        for name in filter(other.has, names):
-            if (saved_stage := other.load(name))["done"]:
-                run.save(name, saved_stage)
+class Muon(torch.optim.Optimizer):
+    """SGD with momentum whose update matrix is orthogonalised, so that every direction moves equally.
+
+    Source: Jordan et al., "Muon", 2024. torch's own multiplies in bfloat16, slow on most CPUs.
+    """
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            # All matrices of one shape are multiplied at once.
+            by_shape = {}
+            for p in group["params"]:
+                by_shape.setdefault(p.shape, []).append(p)
+            for (M, N), matrices in by_shape.items():
+                grads = torch.stack([p.grad for p in matrices])             # (n, M, N)
+                state = self.state[matrices[0]]
+                if not state:
+                    state["momentum"] = torch.zeros_like(grads)
+                momentum = state["momentum"].lerp_(grads, 0.05)
+                # Nesterov momentum. Tall matrices move further, as in the source.
+                updates = orthogonalize(grads.lerp(momentum, 0.95))
+                updates *= max(1, M / N) ** 0.5
+                for p, update in zip(matrices, updates):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(group["lr"] * update)
+
+
+def orthogonalize(x):
+    """Bring the singular values of each matrix in x (n, M, N) near 1, by five Newton-Schulz steps."""
+    # Work on the wide form, whose products are smaller.
+    is_tall = x.shape[1] > x.shape[2]
+    if is_tall:
+        x = x.mT
+    # No singular value is larger than the Frobenius norm.
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)              # -4.775 a + 2.0315 a a
+        x = torch.baddbmm(x, b, x, beta=3.4445)                             # 3.4445 x + b x
+    return x.mT if is_tall else x
+
+
+# --- set-up ---------------------------------------------------------------------------------------
+@dataclass
+class Setup:
+    """What is set once, before the first stage. Only process 0 prints and writes."""
+    out: Path
+    store: data.Store
+    train: data.Corpus
+    val: data.Corpus
+    device: torch.device
+    autocast: contextlib.AbstractContextManager
+    rank: int                               # number of this process
+    world: int                              # number of processes
+
+
+def set_up(c):
+    """Join the other processes, prepare the text, check what is in out_dir, write the options.
+
+    Raises InputError if the options don't fit the text, the machine or the run in out_dir.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if c.grad_accum % world:
+        raise InputError(f"grad_accum={c.grad_accum}: must be a multiple of {world}, the number of "
+                         "processes")
+    on_gpus = world > 1 and c.device != "cpu" and torch.cuda.is_available()
+    if on_gpus:
+        # One GPU for each process of this machine, before anything touches a GPU.
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    device = choose_device(c.device)
+    if world > 1:
+        # Process 0 may prepare a text for hours.
+        dist.init_process_group("nccl" if on_gpus else "gloo", timeout=timedelta(hours=12),
+                                device_id=device if on_gpus else None)
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    with first_process_first(rank, world):
+        store = data.prepare(c.data, c.tokenizer, c.vocab_size, Path(c.cache_dir))
+    train_corpus = store.split("train")
+    n_tokens = len(train_corpus.tokens)
+    if c.n_labels > train_corpus.n_sentences:
+        raise InputError(f"n_labels={c.n_labels}: there are {train_corpus.n_sentences} sentences to "
+                         "train on: ask for fewer labels, or give more text")
+    out = Path(c.out_dir)
+    check_checkpoints(c, out, store)
+    if rank == 0:
+        data.make_folder(out)
+        options = asdict(c) | {"fingerprint": store.fingerprint, "versions": versions()}
+        data.write_json(out / "config.json", options)
+        data.save_tokenizer(out / "tokenizer.json", store.tokenizer)
+
+    autocast = choose_autocast(c.dtype, device)
+    precision = "float32" if isinstance(autocast, contextlib.nullcontext) else "bfloat16"
+    print(f"data: {c.data}, fingerprint {store.fingerprint}, {n_tokens:,} training tokens; {device}, "
+          f"{precision}")
+    n_read = max(c.lm_steps, c.joint_steps) * c.grad_accum * c.batch_size * c.block_size
+    if n_read > 20 * n_tokens:
+        print(f"note: a stage will read its training text {n_read / n_tokens:.0f} times over; more "
+              "text would serve it better (--data=PATH)")
+    return Setup(out, store, train_corpus, store.split("val"), device, autocast, rank, world)
 
 
 @contextlib.contextmanager
-def rank_0_first(run: Run):
-    """Rank 0 goes through the block, and then the others, who find its files written."""
-    if run.rank:
-        dist.barrier()                                  # until rank 0 is through
+def first_process_first(rank, world):
+    """Process 0 goes through the block, then the others, which find its files written."""
+    if rank > 0:
+        dist.barrier()
     yield
-    if run.world > 1 and run.rank == 0:
-        dist.barrier()                                  # lets the others go
+    if rank == 0 and world > 1:
+        dist.barrier()
 
 
-def _boolean(text: str) -> bool:
-    return ("false", "0", "true", "1").index(text.lower()) >= 2     # else ValueError, for argparse
+def stage_options(c, store, name):
+    """What the checkpoint NAME.pt depends on: the options of its stage and those before it."""
+    stage, _, plan = name.partition("_")
+    values = {"plan": plan}
+    for earlier, options in STAGE_OPTIONS.items():
+        for option in options:
+            values[option] = getattr(c, option)
+        if earlier == stage:
+            break
+    values["fingerprint of the text"] = store.fingerprint
+    return values
 
 
-def parse_config(argv=None) -> Config:
-    """The command line, over the options of another run (--resume, --start), or over a preset."""
-    parser = Parser(prog="train.py", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawTextHelpFormatter,
-                    argument_default=argparse.SUPPRESS)     # what is not given is not in the result
-    for f in fields(Config):
-        kind = {"type": f.type, "metavar": f.type.__name__}
-        kind = {"choices": f.metadata["choices"]} if f.metadata["choices"] else kind
-        if f.type is bool:
-            kind |= {"type": _boolean, "nargs": "?", "const": True}      # --resume is --resume=true
-        parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} [{f.default}]", **kind)
-    options = vars(parser.parse_args(argv))
-    with one_line_errors("train.py"):
-        config = Config(**inherited_options(options) | options)
-        config.check()
+def check_checkpoints(c, out, store):
+    """Raise InputError if a checkpoint in out_dir was made with other options than these."""
+    for path in sorted(out.glob("*.pt")):
+        name = path.name.split(".")[0]
+        saved = data.read_checkpoint(path).get("options", {})
+        for option, value in stage_options(c, store, name).items():
+            if option not in saved:
+                raise InputError(f"{path} was made by another version, without the option {option}: "
+                                 "take another --out_dir")
+            if saved[option] != value:
+                raise InputError(f"{option}={value}, but {path} was made with {saved[option]}: take "
+                                 "another --out_dir, or delete the files of that stage and of later "
+                                 "ones to train them again")
+
+
+def save(path, checkpoint):
+    """Write a checkpoint, whole or not at all."""
+    with data.replacing(path) as working:
+        torch.save(checkpoint, working)
+
+
+# --- command line ---------------------------------------------------------------------------------
+def parse_config(argv=None):
+    """The options on the command line, over those of the preset. Raises InputError."""
+    parser = argparse.ArgumentParser("train.py", description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter,
+                                     argument_default=argparse.SUPPRESS)
+    for option in fields(Config):
+        kind = {"type": option.type, "metavar": option.type.__name__}
+        if option.metadata["choices"]:
+            kind = {"choices": option.metadata["choices"]}
+        elif option.type is bool:
+            # --compile alone means --compile=true.
+            kind = {"type": json.loads, "choices": [True, False], "metavar": "true", "nargs": "?",
+                    "const": True}
+        text = f"{option.metadata['help']} [{option.default}]"
+        parser.add_argument(f"--{option.name}", help=text, **kind)
+    given = vars(parse_arguments(parser, argv))
+    preset = PRESETS[given.get("preset", Config.preset)]
+    config = Config(**preset | given)
+    config.check()
     return config
 
 
-def inherited_options(options: dict) -> dict:
-    """What `options` leave open, of a run or preset. Raises ValueError for a forbidden change."""
-    resume = options.get("resume", False)
-    out_dir = options.get("out_dir", Config.out_dir) if resume else options.get("start")
-    if not out_dir:                                     # neither --resume nor --start
-        return PRESETS.get(options.get("preset"), {})
-    names = [f.name for f in fields(Config) if f.name not in ("out_dir", "resume", "start")]
-    saved = data.read_json(Path(out_dir) / "config.json", *names)
-    stages = STAGE_OPTIONS.values() if resume else []   # a finished stage is not trained again
-    for name in ["preset", *" ".join(stages).split()]:
-        if name in options and options[name] != saved[name]:
-            raise ValueError(f"{name}={options[name]}, but {out_dir} has {name}={saved[name]}: "
-                             "keep it, or begin another run in another out_dir (see --start)")
-    return {name: saved[name] for name in names}
-
-
 def main(argv=None):
-    config = parse_config(argv)
     try:
-        with one_line_errors("train.py"):               # bad input: one line, exit code 2
-            train(config)
+        train(parse_config(argv))
+    except InputError as error:
+        exit_with(error)
     except KeyboardInterrupt:
-        print("train.py: interrupted; continue with python train.py --resume "
-              f"--out_dir={config.out_dir}", file=sys.stderr)
-        sys.exit(130)                                   # as shells report an interrupt
+        print("train.py: interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
