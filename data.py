@@ -252,7 +252,7 @@ def _fill_slots(batch, corpus, earliest, touched, last, window_start=0):
     """
     # Multiples of 8 keep the number of different shapes small.
     S = round_up(int((last - touched).max()) + 1, 8)
-    P = round_up(int((last - earliest).max()) + 1, 8)
+    P = S + round_up(int((touched - earliest).max()), 8)
     index = last + np.arange(1 - P, 1)                                      # (B, P)
     in_view = index >= earliest
     first = ~in_view | (index == earliest) | (index == corpus.opening_of(index))
@@ -265,8 +265,9 @@ def _fill_slots(batch, corpus, earliest, touched, last, window_start=0):
     # There is no label loss on sentences that are only context.
     labels = np.where(index >= touched, labels, -1)
     batch.first = torch.from_numpy(first)
-    batch.labels = torch.from_numpy(labels[:, -S:])
-    batch.previous = torch.from_numpy(previous[:, -S:])
+    # Copies, because compiled code would tell views from whole arrays.
+    batch.labels = torch.from_numpy(labels[:, -S:].copy())
+    batch.previous = torch.from_numpy(previous[:, -S:].copy())
     if corpus.vectors is not None:
         vectors = corpus.vectors[known]
         vectors[~finished] = 0
@@ -647,7 +648,7 @@ def read_checkpoint(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"there is no {path}: train that stage with train.py") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"torch can't read {path} ({reason:.80}): if it is truncated, move it away "
                          "and train that stage again") from None

@@ -73,7 +73,7 @@ def mix_labels(
     else:
         raise ValueError(f"plan {plan} mixes no labels")
 
-    return weights @ label_emb                          # (B, S, C)
+    return weights.to(label_emb.dtype) @ label_emb                          # (B, S, C)
 
 
 def one_hot(index, K):

@@ -539,6 +539,14 @@ def save(path, checkpoint):
 
 
 # --- command line ---------------------------------------------------------------------------------
+def boolean(text):
+    """true, false, 1 or 0, for argparse."""
+    values = {"true": True, "1": True, "false": False, "0": False}
+    if text.lower() not in values:
+        raise ValueError
+    return values[text.lower()]
+
+
 def parse_config(argv=None):
     """The options on the command line, over those of the preset. Raises InputError."""
     parser = argparse.ArgumentParser("train.py", description=__doc__,
@@ -550,8 +558,7 @@ def parse_config(argv=None):
             kind = {"choices": option.metadata["choices"]}
         elif option.type is bool:
             # --compile alone means --compile=true.
-            kind = {"type": json.loads, "choices": [True, False], "metavar": "true", "nargs": "?",
-                    "const": True}
+            kind = {"type": boolean, "metavar": "bool", "nargs": "?", "const": True}
         text = f"{option.metadata['help']} [{option.default}]"
         parser.add_argument(f"--{option.name}", help=text, **kind)
     given = vars(parse_arguments(parser, argv))

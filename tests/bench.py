@@ -1,53 +1,63 @@
-"""Measures speed and memory, and sets them against what nanoplan aims at. No test depends on it.
+"""Measure speed and memory, and compare them with what nanoplan aims at. No test depends on it.
 
     python tests/bench.py                  # all benchmarks
-    python tests/bench.py loss kmeans      # these two; of `loss`, assets/loss.svg is drawn, too
-    python tests/bench.py --quick          # small sizes, nothing written: to try the script
+    python tests/bench.py loss kmeans      # these two
+    python tests/bench.py --quick          # small sizes, writes nothing: to try the script
+
+Each benchmark replaces its entry in results/bench.json. `kmeans` needs scikit-learn installed.
 """
+import argparse
 import contextlib
-import functools
-import importlib.metadata
-import math
 import os
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "results"), str(ROOT / "assets")]
+sys.path.insert(0, str(ROOT))
 os.environ["TQDM_DISABLE"] = "1"
 
 import numpy as np
 import torch
-from torch import nn
+import torch.nn as nn
+import torch.nn.functional as F
 
 import data
 import labels
 import train
-from eval import Parser, Run, choose_device, versions
-from loss import draw
-from model import END_TO_END
-from run_all import machine
+from eval import choose_autocast, choose_device, versions
+from model import END_TO_END, init_weights
+from planner import build_model
 
-DEVICE = choose_device("auto")
-ON_GPU = DEVICE.type == "cuda"
-VERSIONS = versions()
+ON_GPU = torch.cuda.is_available()
 QUICK = "--quick" in sys.argv
-docstrings = functools.partial(data.prepare, "docstrings", "bpe", 4096, ROOT / "cache")
-YARDSTICK_STEPS, YARDSTICK_LR, LOSS_STEPS = 1800, 4e-3, 470     # the best rate of 1, 2 and 4e-3
-CHILD = """import sys, time, data
+YARDSTICK_LR = 4e-3     # the best of 1e-3, 2e-3 and 4e-3
+YARDSTICK_STEPS = 1800
+LM_STEPS = 470          # enough for the yardstick's final loss
+# Run in a process of its own, this prints the seconds from nothing to a first batch, and the peak
+# memory in MB. Only Linux has /proc.
+CHILD = """
+import re, sys, time
+from pathlib import Path
+import data
 begun = time.perf_counter()
-corpus = data.prepare(sys.argv[1], "bpe", 4096, data.Path(sys.argv[2])).split("train")
+corpus = data.prepare(sys.argv[1], "bpe", 4096, Path(sys.argv[2])).split("train")
 data.window_batch(corpus, data.batch_starts(len(corpus.tokens), 64, 32, (0,), 0), 64)
-status = open("/proc/self/status").read()                   # Linux's
-print(time.perf_counter() - begun, int(status.split("VmHWM:")[1].split()[0]) / 1000)"""
+seconds = time.perf_counter() - begun
+peak = re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())
+print(seconds, int(peak[1]) / 1000)
+"""
 
 
-def timed(function) -> float:                   # its seconds
+# --- measuring ------------------------------------------------------------------------------------
+def timed(function):
+    """The seconds that a function takes, including what it started on the GPU."""
     wait = torch.cuda.synchronize if ON_GPU else int
     wait()
     begun = time.perf_counter()
@@ -56,244 +66,371 @@ def timed(function) -> float:                   # its seconds
     return time.perf_counter() - begun
 
 
-def in_turn(functions: dict, rounds: int, warm_up: int = 3) -> dict[str, list[float]]:
-    """{name: function} -> {name: its seconds in each round}, after some that do not count. A ratio
-    of two in one round (times_as_fast) is free of most of a shared machine's noise."""
-    rounds, warm_up = (1, 1) if QUICK else (rounds, warm_up)
-    taken = [{name: timed(f) for name, f in functions.items()} for _ in range(warm_up + rounds)]
-    return {name: [seconds[name] for seconds in taken[warm_up:]] for name in functions}
+def in_turn(functions, rounds, warm_up=3):
+    """{name: function} -> {name: its seconds in each round}, after some rounds that don't count.
+
+    The functions take turns, so that the noise of a shared machine meets all of them.
+    """
+    if QUICK:
+        rounds = warm_up = 1
+    seconds = {name: [] for name in functions}
+    for i in range(warm_up + rounds):
+        for name, function in functions.items():
+            taken = timed(function)
+            if i >= warm_up:
+                seconds[name].append(taken)
+    return seconds
 
 
-def times_as_fast(mine: list[float], other: list[float]) -> float:
-    return statistics.median(b / a for a, b in zip(mine, other))
+def ratio(seconds, others):
+    """The median over all rounds of seconds / others."""
+    return statistics.median(a / b for a, b in zip(seconds, others))
 
 
-def aim(reached: float, sign: str, bound: float, unit: str) -> dict:
+def aim(reached, sign, bound, unit):
     """The columns of a row that has an aim."""
-    return {"reached": reached, "aim": f"{sign} {bound:.4g} {unit}",
-            "met": reached >= bound if sign == ">=" else reached <= bound}
+    met = reached >= bound if sign == ">=" else reached <= bound
+    return {"reached": reached, "aim": f"{sign} {bound:.4g} {unit}", "met": met}
 
 
-def show(title: str, rows: list[dict]) -> list[dict]:
-    """Prints the rows, and returns them with the title in each."""
-    print(title, *rows, sep="\n    ")
-    return [{"table": title} | row for row in rows]
+def line(row):
+    """A row in one line of text."""
+    columns = []
+    for name, value in row.items():
+        if name != "rows":
+            columns.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+    return ", ".join(columns)
 
 
-def step() -> list[dict]:
-    """A training step: against the yardstick, of the default run, and of GPT-2's size on a GPU."""
-    aims = {"none": (">=", 2.4, "x yardstick"), "soft": (">=", 2.0, "x yardstick")}
-    rows = step_table(("yardstick", "none", "soft"), {} if ON_GPU else aims, block_size=256,
-                      batch_size=2 if QUICK else 16)
-    rows += step_table(("none", "hard", "soft"), {})
-    if ON_GPU:
-        aims = {"none": (">=", 0.4, "x matrix rate"), "soft": (">=", 0.95, "x none")}
-        sizes = train.PRESETS["gpu"] | {"vocab_size": 50257, "grad_accum": 1}
-        rows += step_table(("none", "soft"), aims, **sizes)
-    return rows
+def matrix_rate(dtype):
+    """Operations a second in the product of two large matrices."""
+    n = 8192 if ON_GPU else 1024
+    square = torch.randn(n, n, device=choose_device("auto")).to(dtype)
+    seconds = in_turn({"product": lambda: square @ square}, 9)["product"]
+    return 2 * n ** 3 / statistics.median(seconds)
 
 
-def step_table(names: tuple, aims: dict, **sizes) -> list[dict]:
-    """Times steps in turn. `aims` says of a row what it must reach, and in which column."""
-    seconds = in_turn({name: training(name, sizes, 1000)[1] for name in names}, 12)
-    c, rows, n = train.Config(**sizes), [], 8192 if ON_GPU else 2048
-    dtype = "bfloat16" if Run(c).autocast()._enabled else "float32"
-    square = torch.randn(n, n, device=DEVICE).to(getattr(torch, dtype))
-    matrix_rate = 2 * n ** 3 / statistics.median(timed(lambda: square @ square) for _ in range(12))
-    # of a token, without the planner's: 6 for each weight of a matrix, and attention's
-    weights = 12 * c.n_layer * c.n_embd ** 2 + c.vocab_size * c.n_embd
-    operations = 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
-    for name, times in seconds.items():
-        speed = c.batch_size * c.block_size / statistics.median(times)
-        row = {"step": name, "tokens/s": speed, "x matrix rate": speed * operations / matrix_rate}
-        row |= {f"x {other}": times_as_fast(times, seconds[other])
-                for other in ("yardstick", "none") if other in seconds}
-        if name in aims:
-            row |= aim(row[aims[name][2]], *aims[name])
-        rows.append(row)
-    return show(f"step: width {c.n_embd}, window {c.block_size}, batch {c.batch_size}, plans in "
-                f"{dtype}{', compiled' * c.compile}; {operations:.3g} operations a token", rows)
+# --- training -------------------------------------------------------------------------------------
+def docstrings():
+    """The default corpus, prepared."""
+    return data.prepare("docstrings", "bpe", 4096, ROOT / "cache")
 
 
-def training(name: str, sizes: dict, steps: int):
-    """The yardstick, the GPT of stage lm, or one under a plan -> the model, and a function that
-    does the next of its steps as train.fit does, or of the yardstick's as nanoGPT does."""
-    yardstick = name == "yardstick"
-    run = Run(train.Config(**sizes | {"dtype": "float32" if yardstick else "auto"}))
-    c, corpus, numbers = run.config, docstrings().split("train"), iter(range(steps))
-    run.corpora["train"], run.grad_accum, run.tokenizer = corpus, 1, mock.Mock(n_vocab=c.vocab_size)
-    model = Plain(c) if yardstick else run.new_model("none" if name == "lm" else name)
-    # At a rate of 0 for Muon all of the yardstick is AdamW's, with betas of 0.9 and 0.95.
-    parts = [(model, 0.0, YARDSTICK_LR)] if yardstick else [(model.gpt, c.muon_lr, c.lm_lr)]
-    if name in END_TO_END:
-        parts.append((model.planner, 0.0, c.joint_planner_lr))
-    if name not in ("yardstick", "lm"):                 # a step takes as long whatever they hold
-        corpus.vectors = np.ones((corpus.n_sentences, c.n_embd), np.float16)
-        corpus.labels = np.ones(corpus.n_sentences, int)
-    optimizers = train.make_optimizers(parts, c.weight_decay, DEVICE)
-    net = torch.compile(model.to(DEVICE)) if c.compile else model.to(DEVICE)
+def label_at_random(store, c):
+    """The training split with vectors and labels made from random token embeddings."""
+    corpus = store.split("train")
+    labeler = labels.Labeler(store.tokenizer.n_vocab, c.n_embd, c.n_labels)
+    labeler.fit_vectors(torch.randn(store.tokenizer.n_vocab, c.n_embd), corpus)
+    labeler.centroids = torch.from_numpy(labeler.embed(corpus)[:c.n_labels]).float()
+    return labeler.label(corpus)
 
-    def train_once():
-        step = next(numbers)
-        share = train.learning_rate(step, steps)
-        if yardstick:                   # up in 100 steps, then along a cosine to a tenth
-            fall = max(0, step - 100) / max(1, steps - 100)
-            share = min((step + 1) / 100, 0.55 + 0.45 * math.cos(math.pi * fall))
-        batch = train.make_batch(run, "lm", step, 0).to(DEVICE)
-        with run.autocast():
-            loss, _ = net(batch, torch.Generator(DEVICE))
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
+
+class Training:
+    """Steps as train.fit does them. name: a plan, `lm` for stage lm, or `yardstick`."""
+
+    def __init__(self, name, c, corpus, n_steps):
+        self.c = c
+        self.n_steps = n_steps
+        self.n_done = 0
+        self.device = choose_device(c.device)
+        self.autocast = choose_autocast(c.dtype, self.device)
+        self.stage = "joint"
+        if name == "yardstick":
+            self.autocast = contextlib.nullcontext()
+            self.model = Plain(c)
+            # At a rate of 0 for Muon, AdamW trains everything.
+            parts = [(self.model, 0.0, YARDSTICK_LR)]
+        else:
+            self.model = build_model(c, "none" if name == "lm" else name, c.vocab_size)
+            parts = [(self.model.gpt, c.muon_lr, c.lm_lr)]
+        if name in END_TO_END:
+            parts.append((self.model.planner, 0.0, c.joint_planner_lr))
+        if name in ("yardstick", "lm"):
+            self.stage = "lm"
+            corpus = replace(corpus, vectors=None, labels=None)
+        elif self.model.planner is None:
+            corpus = replace(corpus, vectors=None)
+        self.setup = train.Setup(None, None, corpus, None, self.device, self.autocast, 0, 1)
+        self.model.to(self.device)
+        self.optimizers = train.make_optimizers(parts, c.weight_decay, self.device)
+        self.net = torch.compile(self.model) if c.compile else self.model
+
+    def make_batch(self, micro=0):
+        return train.make_batch(self.c, self.setup, self.setup.train, self.stage, self.n_done, micro)
+
+    def to_device(self, batch):
+        batch = batch.to(self.device)
+        if self.c.compile:
+            batch.mark_dynamic()
+        return batch
+
+    def forward_backward(self, batch):
+        with self.autocast:
+            nll, _ = self.net(batch)
+        (nll.mean() / self.c.grad_accum).backward()
+
+    def update(self, optimizer):
+        with self.autocast:
+            optimizer.step()
+
+    def step(self):
+        """One step: grad_accum micro-batches, then one update."""
+        share = train.learning_rate(self.n_done, self.n_steps)
+        for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * share
-            with run.autocast():
-                optimizer.step()
+                group["lr"] = share * group["peak_lr"]
+        for micro in range(self.c.grad_accum):
+            self.forward_backward(self.to_device(self.make_batch(micro)))
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            self.update(optimizer)
             optimizer.zero_grad()
-    return model, train_once
+        self.n_done += 1
+
+    def part_times(self):
+        """The milliseconds of each part of a step; all but the optimizers are of a micro-batch."""
+        muon, adamw = self.optimizers
+        made = self.make_batch()
+        moved = self.to_device(made)
+        seconds = in_turn({
+            "make_batch": self.make_batch,
+            "to(device)": lambda: self.to_device(made),
+            "forward+backward": lambda: self.forward_backward(moved),
+            "Muon": lambda: self.update(muon),
+            "AdamW": lambda: self.update(adamw),
+        }, 5)
+        return {f"ms {part}": 1000 * statistics.median(times) for part, times in seconds.items()}
 
 
 class Plain(nn.Module):
-    """The yardstick: the same GPT in plain PyTorch, with learned positions and GPT-2's start."""
-    def __init__(self, c: train.Config):
-        super().__init__()
-        linear, C, self.H = functools.partial(nn.Linear, bias=False), c.n_embd, c.n_head
-        self.wte, self.wpe = nn.Embedding(c.vocab_size, C), nn.Embedding(c.block_size, C)
-        self.blocks = nn.ModuleList(nn.ModuleDict({
-            "qkv": nn.Sequential(nn.LayerNorm(C), linear(C, 3 * C)), "proj": linear(C, C),
-            "mlp": nn.Sequential(nn.LayerNorm(C), linear(C, 4 * C), nn.GELU(), linear(4 * C, C))})
-            for _ in range(c.n_layer))
-        self.ln_f = nn.LayerNorm(C)
-        torch.manual_seed(0)
-        for name, p in self.named_parameters():
-            residual = name.endswith(("proj.weight", "mlp.3.weight"))
-            if p.dim() >= 2:
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer if residual else 1))
+    """The yardstick: the same GPT in plain PyTorch, with learned positions, as nanoGPT has it."""
 
-    def forward(self, batch, noise):
-        x = self.wte(batch.tokens) + self.wpe.weight[:batch.tokens.shape[1]]
+    def __init__(self, c):
+        super().__init__()
+        C = c.n_embd
+        self.n_head = c.n_head
+        self.wte = nn.Embedding(c.vocab_size, C)
+        self.wpe = nn.Embedding(c.block_size, C)
+        self.blocks = nn.ModuleList()
+        for _ in range(c.n_layer):
+            self.blocks.append(nn.ModuleDict({
+                "ln_1": nn.LayerNorm(C),
+                "qkv": nn.Linear(C, 3 * C, bias=False),
+                "proj": nn.Linear(C, C, bias=False),
+                "ln_2": nn.LayerNorm(C),
+                "up": nn.Linear(C, 4 * C, bias=False),
+                "down": nn.Linear(4 * C, C, bias=False),
+            }))
+        self.ln_f = nn.LayerNorm(C)
+        init_weights(self, c.n_layer, c.seed)
+
+    def forward(self, batch):
+        B, T = batch.tokens.shape
+        x = self.wte(batch.tokens) + self.wpe.weight[:T]                    # (B, T, C)
         for block in self.blocks:
-            q, k, v = block["qkv"](x).view(*x.shape[:2], 3, self.H, -1).permute(2, 0, 3, 1, 4)
-            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            qkv = block["qkv"](block["ln_1"](x)).view(B, T, 3, self.n_head, -1)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # (B, H, T, D) each
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + block["proj"](y.transpose(1, 2).reshape(x.shape))
-            x = x + block["mlp"](x)
-        logits = nn.functional.linear(self.ln_f(x), self.wte.weight)
-        return nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()), None
+            x = x + block["down"](F.gelu(block["up"](block["ln_2"](x))))
+        logits = F.linear(self.ln_f(x), self.wte.weight)                    # (B, T, V)
+        return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()), None
+
+
+# --- the benchmarks -------------------------------------------------------------------------------
+def loss():
+    """The seconds that stage lm takes to reach the yardstick's final loss. Only steps count."""
+    c = train.Config(block_size=256, batch_size=8)
+    store = docstrings()
+    rows = []
+    trainings = []
+    for what, steps in (("yardstick", YARDSTICK_STEPS), ("lm", LM_STEPS)):
+        steps = 10 if QUICK else steps
+        rows.append({"table": "loss: window 256, batch 8", "what": what, "steps": steps, "seconds": 0})
+        trainings.append(Training(what, c, store.split("train"), steps))
+    # A tenth of each, in turn, so that noise meets both.
+    for _ in range(10):
+        for row, training in zip(rows, trainings):
+            for _ in range(row["steps"] // 10):
+                row["seconds"] += timed(training.step)
+    for row, training in zip(rows, trainings):
+        row["nats"] = held_out(training, store.split("val"))
+    yardstick, lm = rows
+    lm |= aim(yardstick["seconds"] / lm["seconds"], ">=", 8, "x as fast as the yardstick")
+    its_loss = aim(lm["nats"], "<=", yardstick["nats"], "nats")
+    return [*rows, {"table": lm["table"], "what": "loss of lm"} | its_loss]
 
 
 @torch.no_grad()
-def held_out(model: nn.Module, T: int) -> float:
-    """Nats a token, in float32, on windows of T that are spread evenly over validation."""
-    corpus, n = docstrings().split("val"), 16 if QUICK else 400
-    starts = np.arange(n) * (len(corpus.tokens) // n)       # further than T from each other
-    batches = (data.window_batch(corpus, row, T).to(DEVICE) for row in starts.reshape(-1, 8))
-    return statistics.mean(model(batch, None)[0].item() for batch in batches)
+def held_out(training, corpus):
+    """Nats per token, in float32, in windows spread evenly over validation."""
+    n = 16 if QUICK else 400
+    # They are further apart than they are long.
+    starts = np.arange(n) * (len(corpus.tokens) // n)
+    losses = []
+    for window in starts.reshape(-1, 8):
+        batch = data.window_batch(corpus, window, training.c.block_size)
+        nll, _ = training.model(batch.to(training.device))
+        losses.append(nll.mean().item())
+    return statistics.mean(losses)
 
 
-def loss() -> list[dict]:
-    """The seconds that stage lm takes to the last loss of the yardstick. Only steps count."""
-    sizes, rows, parts = {"block_size": 256, "batch_size": 8}, [], 10 if QUICK else 150
-    for name, steps in ("yardstick", YARDSTICK_STEPS), ("lm", LOSS_STEPS):
-        rows.append({"what": name, "steps": 10 if QUICK else steps, "seconds": 0.0, "curve": []})
-    trainings = [training(row["what"], sizes, row["steps"]) for row in rows]
-    for part in range(parts):           # a few steps of each, so that noise meets both alike
-        for row, (model, train_once) in zip(rows, trainings):
-            first, last = [row["steps"] * i // parts for i in (part, part + 1)]
-            row["seconds"] += sum(timed(train_once) for _ in range(first, last))
-            if (part + 1) % (parts // 10) == 0:
-                row["nats"] = held_out(model, 256)
-                row["curve"].append([round(row["seconds"], 2), round(math.exp(row["nats"]), 2)])
-    rows[1] |= aim(rows[0]["seconds"] / rows[1]["seconds"], ">=", 8, "x as fast as the yardstick")
-    rows.append({"what": "its loss"} | aim(rows[1]["nats"], "<=", rows[0]["nats"], "nats"))
-    return show(f"loss: window 256, batch 8; yardstick in float32, rate {YARDSTICK_LR:g}", rows)
+def step():
+    """A step: against the yardstick's, at the default sizes, and at the gpu preset's on a GPU."""
+    store = docstrings()
+    c = train.Config(block_size=256, batch_size=2 if QUICK else 16)
+    aims = {} if ON_GPU else {"none": (">=", 2.4, "x yardstick"), "soft": (">=", 2.0, "x yardstick")}
+    rows = step_table(("yardstick", "none", "soft"), c, store, aims)
+    rows += step_table(("none", "hard", "soft"), train.Config(), store, {})
+    if ON_GPU:
+        c = train.Config(**train.PRESETS["gpu"] | {"vocab_size": 50257})
+        aims = {"none": (">=", 0.4, "x matrix rate"), "soft": (">=", 0.95, "x none")}
+        rows += step_table(("none", "soft"), c, store, aims)
+    return rows
 
 
-def kmeans() -> list[dict]:
-    """Ten updates on the CPU and a last assignment, equal in start and inertia, against others."""
-    n, rows, names = 20_000 if QUICK else 200_000, [], ["nanoplan"]
-    aims = {"faiss-cpu": 1.0, "scikit-learn": 0.9}
-    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())    # theirs are as many
-    for name in aims:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            VERSIONS[name] = importlib.metadata.version(name)
-            names.append(name)
-    for k in (64, 256 if QUICK else 1024):
-        random = np.random.default_rng(0)       # around k means near each other
-        means = random.standard_normal((k, 192), dtype=np.float32)[random.integers(k, size=n)] / 2
-        x = means + random.standard_normal((n, 192), dtype=np.float32)
-        x /= np.linalg.norm(x, axis=1, keepdims=True)
-        start = x[random.choice(n, k, replace=False)]
-        fits = {name: functools.partial(inertia_by, name, x, start) for name in names}
-        inertia = [float(fit()) for fit in fits.values()]
-        assert max(inertia) < 1.0001 * min(inertia), f"unequal inertia: {inertia}"
-        seconds = in_turn(fits, 5, warm_up=0)
-        for name, times in seconds.items():
-            rows.append({"K": k, "by": name, "seconds": statistics.median(times)})
-            if name in aims:
-                faster = times_as_fast(seconds["nanoplan"], times)
-                rows[-1] |= aim(faster, ">=", aims[name], "x as fast")
-    return show(f"kmeans: {n:,} vectors of width 192, float32", rows)
+def step_table(names, c, store, aims):
+    """Time steps in turn. aims: {name: (sign, bound, the column that must reach it)}."""
+    corpus = label_at_random(store, c)
+    trainings = {name: Training(name, c, corpus, 1000) for name in names}
+    seconds = in_turn({name: training.step for name, training in trainings.items()}, 12)
+    rows = []
+    for name, training in trainings.items():
+        row = {"table": f"step: width {c.n_embd}, window {c.block_size}", "step": name}
+        row |= step_row(training, statistics.median(seconds[name]))
+        for other in ("yardstick", "none"):
+            if other in names:
+                row[f"x {other}"] = ratio(seconds[other], seconds[name])
+        if name in aims:
+            sign, bound, column = aims[name]
+            row |= aim(row[column], sign, bound, column)
+        rows.append(row)
+    return rows
 
 
-def inertia_by(name: str, x, start) -> float:
-    if name == "nanoplan":
-        return labels.kmeans(x, len(start), iters=10, tol=0.0, start=torch.from_numpy(start))[2]
-    if name == "faiss-cpu":
-        import faiss
-        fitted = faiss.Kmeans(x.shape[1], len(start), niter=10, max_points_per_centroid=len(x))
-        fitted.train(x, init_centroids=start)
-        return fitted.assign(x)[0].sum(dtype=np.float64)
-    from sklearn.cluster import KMeans
-    return KMeans(len(start), init=start, n_init=1, max_iter=10, tol=0.0).fit(x).inertia_
+def step_row(training, seconds):
+    """What is to be said about a step of so many seconds."""
+    c = training.c
+    # A token takes 6 operations for each weight of a matrix, and attention. The planner's are left
+    # out.
+    weights = 12 * c.n_layer * c.n_embd ** 2 + c.vocab_size * c.n_embd
+    operations = 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
+    in_float32 = isinstance(training.autocast, contextlib.nullcontext)
+    dtype = torch.float32 if in_float32 else torch.bfloat16
+    speed = c.grad_accum * c.batch_size * c.block_size / seconds
+    row = {
+        "dtype": str(dtype),
+        "micro-batches": f"{c.grad_accum} of {c.batch_size}",
+        "tokens/s": speed,
+        "x matrix rate": speed * operations / matrix_rate(dtype),
+    }
+    return row | training.part_times()
 
 
-def prepare() -> list[dict]:
-    """The default corpus from nothing; its text against tiktoken; memory against size."""
-    tokens = docstrings().split("train").tokens[1:300_000 if QUICK else None]
+def kmeans():
+    """Ten iterations of k-means on the default corpus's sentence vectors, against scikit-learn."""
+    try:
+        from sklearn.cluster import KMeans
+    except ImportError:
+        print("kmeans: left out, because scikit-learn is not installed")
+        return []
+    K = 256
+    vectors = label_at_random(docstrings(), train.Config()).vectors         # (n, E) float16
+    vectors = vectors[:20_000 if QUICK else labels.MOST_POINTS]
+    x = vectors.astype(np.float32)
+    generator = torch.Generator().manual_seed(0)
+    start = labels.plus_plus(torch.from_numpy(x[:1 << 14]), K, generator)
+    inertia = {}
+
+    def ours():
+        # Both begin with the same centroids.
+        with mock.patch.object(labels, "plus_plus", return_value=start):
+            inertia["nanoplan"] = labels.kmeans(vectors, K, max_iters=10, tol=0.0)[2]
+
+    def theirs():
+        fit = KMeans(K, init=start.numpy(), n_init=1, max_iter=10, tol=0.0).fit(x)
+        inertia["scikit-learn"] = fit.inertia_
+
+    seconds = in_turn({"nanoplan": ours, "scikit-learn": theirs}, 5, warm_up=1)
+    rows = []
+    for name, times in seconds.items():
+        table = f"kmeans: {len(x):,} vectors of width {x.shape[1]}, K = {K}"
+        rows.append({"table": table, "by": name, "seconds": statistics.median(times),
+                     "inertia": float(inertia[name])})
+    times_theirs = ratio(seconds["nanoplan"], seconds["scikit-learn"])
+    rows[0] |= aim(times_theirs, "<=", 1.3, "x scikit-learn's time")
+    return rows
+
+
+def prepare():
+    """The default corpus from nothing; a text against tiktoken alone; memory against size."""
+    texts = [text for _, text in data.documents("docstrings")]
+    texts = texts[:300 if QUICK else None]
+    text = f"\n{data.EOT}\n".join(texts)
     tokenizer = docstrings().tokenizer
-    ranks = {tokenizer.decode_single_token_bytes(t): t for t in range(tokenizer.n_vocab - 1)}
-    text = tokenizer.decode(tokens.tolist()).replace(data.EOT, f"\n{data.EOT}\n")
+    table = f"prepare: a text is {len(text) / 1e6:.3g} MB"
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        small, large = Path(folder) / "small.txt", Path(folder) / "large.txt"
+        small = Path(folder) / "small.txt"
+        large = Path(folder) / "large.txt"
         small.write_text(text, "utf-8")
         large.write_text(10 * text, "utf-8")
-        texts = list(data.read_documents(small))
-        functions = {           # a text into the store, of given tokens; both in one thread
+
+        def prepare_anew():
+            # The tokenizer's training is left out.
+            ranks = tokenizer._mergeable_ranks
+            with mock.patch.object(data, "train_bpe", return_value=ranks):
+                data.prepare(str(small), "bpe", 4096, Path(tempfile.mkdtemp(dir=folder)))
+
+        seconds = in_turn({
             "tiktoken alone": lambda: tokenizer.encode_ordinary_batch(texts, num_threads=1),
-            "a text into the store": lambda: data.prepare(
-                str(small), "bpe", 4096, Path(tempfile.mkdtemp(dir=folder)))}
-        with mock.patch.object(data, "train_bpe", return_value=ranks):
-            seconds = in_turn(functions, 5)
-        rows = [{"what": what, "seconds": statistics.median(x)} for what, x in seconds.items()]
-        rows[1] |= aim(times_as_fast(*reversed(seconds.values())), ">=", 0.5, "x tiktoken")
-        for what, source in (("default corpus, from nothing to a batch", "docstrings"),
-                             ("a text", small), ("ten times that text", large)):
+            "a text, its tokenizer given": prepare_anew,
+        }, 5)
+        for what, times in seconds.items():
+            rows.append({"table": table, "what": what, "seconds": statistics.median(times)})
+        rows[1] |= aim(ratio(*seconds.values()), ">=", 0.5, "x tiktoken")
+
+        for what, source in (("default corpus", "docstrings"), ("a text", small),
+                             ("ten times that text", large)):
             child = [sys.executable, "-c", CHILD, str(source), f"{folder}/stores"]
-            said = subprocess.check_output(child, cwd=ROOT, text=True)
-            seconds, peak = map(float, said.split())        # some 250 MB of the peak are torch's
-            rows.append({"what": what, "seconds": seconds, "peak MB": peak})
+            printed = subprocess.check_output(child, cwd=ROOT, text=True)
+            taken, peak = map(float, printed.split())
+            # Some 250 MB of the peak are torch's.
+            rows.append({"table": table, "what": f"{what}, from nothing to a batch",
+                         "seconds": taken, "peak MB": peak})
     rows[2] |= aim(rows[2]["seconds"], "<=", 25, "s")
     rows[4] |= aim(rows[4]["peak MB"] / rows[3]["peak MB"], "<=", 1.1, "x the peak")
-    return show(f"prepare: texts are of {len(text) / 1e6:.3g} MB", rows)
+    return rows
 
 
-def main() -> None:
+def machine():
+    """The machine in words."""
+    name = f"{os.cpu_count()} CPU cores, {platform.system()} {platform.machine()}, "
+    name += f"{torch.get_num_threads()} threads"
+    if ON_GPU:
+        name = f"{torch.cuda.get_device_name()}, {name}"
+    return name
+
+
+def main():
     benchmarks = {"loss": loss, "step": step, "kmeans": kmeans, "prepare": prepare}
-    parser = Parser(prog="bench.py", description=__doc__)
-    parser.add_argument("names", nargs="*", default="all", choices=["all", *benchmarks])
-    parser.add_argument("--quick", action="store_true", help="small sizes, nothing written")
-    names = parser.parse_args().names
-    for name in benchmarks if "all" in names else names:
+    parser = argparse.ArgumentParser("bench.py", description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="BENCHMARK", help=", ".join(benchmarks))
+    parser.add_argument("--quick", action="store_true", help="small sizes, writes nothing")
+    names = parser.parse_args().names or benchmarks
+    # The libraries that we compare with get as many threads as torch.
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    path = ROOT / "results" / "bench.json"
+    for name in names:
         rows = benchmarks[name]()
-        if not QUICK:
-            path = ROOT / "results" / "bench.json"
-            saved = data.read_json(path) if path.exists() else {}
-            saved[name] = {"command": f"python tests/bench.py {name}", "versions": VERSIONS,
-                           "machine": f"{machine()}, {torch.get_num_threads()} threads",
-                           "rows": rows}
-            data.write_json(path, {name: saved[name] for name in benchmarks if name in saved})
-            if name == "loss":
-                draw()
+        for row in rows:
+            print(line(row))
+        if rows and not QUICK:
+            results = data.read_json(path) if path.exists() else {}
+            results[name] = {"command": f"python tests/bench.py {name}", "machine": machine(),
+                             "versions": versions(), "rows": rows}
+            data.write_json(path, results)
 
 
 if __name__ == "__main__":

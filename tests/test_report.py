@@ -1,4 +1,4 @@
-"""The report page holds a run's own figures, needs no other file, and shows any text as text."""
+"""The report page holds a run's own figures, loads nothing, and shows any text as text."""
 import importlib
 import json
 import re
@@ -9,39 +9,48 @@ from pathlib import Path
 import pytest
 
 import train
-from eval import Run, evaluate
+from eval import evaluate, load_run, score
 from model import PLANS
 
 sys.path.append(str(Path(__file__).parent.parent / "assets"))
 report = importlib.import_module("report")
 
-MARKUP = ["</script><script>alert(1)</script>", "<!-- never closed", "<b class='x'>\"bold\"</b> &",
-          "\u2028 café 日本 \U0001f600 \x01"]
+MARKUP = [
+    "</script><script>alert(1)</script>",
+    "<!-- never closed",
+    "<b class='x'>\"bold\"</b> &",
+    "\u2028 café 日本 \U0001f600 \x01",
+]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """All plans, trained for a few steps on documents full of markup, and their page."""
+    """All plans, trained for a few steps on documents full of markup, and their report."""
     folder = tmp_path_factory.mktemp("report")
-    documents = [f"Sentence number {i} of a small text. It quotes {' and also '.join(MARKUP)} and "
-                 f"goes on for a while.\nThe end of document number {i}." for i in range(80)]
+    markup = " and also ".join(MARKUP)
+    documents = []
+    for i in range(200):
+        documents.append(f"Sentence number {i} of a small text. It quotes {markup} and goes on for "
+                         f"a while.\nThe end of document number {i}.")
     (folder / "text.txt").write_text("\n<|endoftext|>\n".join(documents), "utf-8")
     options = dict(preset="tiny", data=folder / "text.txt", out_dir=folder / "out", plans="all",
                    cache_dir=folder / "cache", vocab_size=300, device="cpu", dtype="float32")
     train.main([f"--{name}={value}" for name, value in options.items()])
-    report.main([f"--out_dir={folder / 'out'}", "--device=cpu"])
-    return Run.open(folder / "out", "cpu")
+    report.main([f"--out_dir={folder / 'out'}"])
+    return load_run(folder / "out")
 
 
 class Page(HTMLParser):
-    """A run's page as a browser reads it: names of elements and attributes, styles, data, code."""
+    """A report as a browser reads it."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run):
         super().__init__()
-        self.names, self.texts = set(), []
-        self.feed((run.out / "report.html").read_text("utf-8"))
+        self.names = set()                  # of all elements and attributes
+        self.texts = []                     # of the elements that are not shown
+        self.feed((run.out_dir / "report.html").read_text("utf-8"))
         self.styles, json_text, self.code = self.texts
-        self.data = json.loads(json_text, parse_constant=pytest.fail)       # NaN is not JSON
+        # NaN is not JSON.
+        self.data = json.loads(json_text, parse_constant=pytest.fail)
 
     def handle_starttag(self, tag, attributes):
         self.names |= {tag, *dict(attributes)}
@@ -60,28 +69,33 @@ def test_the_page_loads_nothing(run):
 
 
 def test_no_text_of_the_corpus_ends_the_element_that_holds_it(run):
-    assert all(markup in "".join(Page(run).data["documents"]["tokens"]) for markup in MARKUP)
+    text = "".join(Page(run).data["documents"]["tokens"])
+    assert all(markup in text for markup in MARKUP)
 
 
 def test_the_figures_are_evals_and_every_token_has_the_nats_of_every_plan(run):
     shown = Page(run).data
-    assert shown["results"] == evaluate(run, run.corpus("val"), run.store().bytes["val"], "val")
+    corpus, n_bytes = run.split("val")
+    assert shown["results"] == evaluate(run, corpus, n_bytes, "val")
     documents = shown["documents"]
-    corpus = run.label(report.example_documents(run.corpus("val"), run.tokenizer))
-    assert list(documents["nll"]) == list(PLANS) and documents["labels"] == corpus.labels.tolist()
-    for plan, nll in documents["nll"].items():
-        scores = run.score(run.model(plan), corpus)
-        assert nll == pytest.approx(scores.nll, abs=1e-4)
-        said = scores.label_log_probs
-        assert (plan in documents["top"]) == (said is not None)
-        if said is not None:
-            assert [top[0] for top in documents["top"][plan]] == [
-                0 if row[0] != row[0] else row.argmax() for row in said]
+    corpus = run.labeler.label(report.example_documents(corpus, run.tokenizer))
+    assert list(documents["nll"]) == list(PLANS)
+    assert documents["labels"] == corpus.labels.tolist()
+    for plan in PLANS:
+        nll, label_log_probs = score(run.model(plan), corpus)
+        assert documents["nll"][plan] == pytest.approx(nll, abs=1e-4)
+        assert (plan in documents["top"]) == (label_log_probs is not None)
+        if label_log_probs is not None:
+            likeliest = [top[0] for top in documents["top"][plan]]
+            assert likeliest == label_log_probs.argmax(1).tolist()
 
 
-def test_curves_take_the_last_line_of_a_step_and_pass_over_damaged_ones(tmp_path):
+def test_curves_take_the_last_line_of_a_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"stage": "lm", "step": 10, "loss": 9.5}\n{"stage": "lm", "step": 20, "loss": '
-                    'NaN}\nnot json\n[1]\n{"step": 3}\n{"stage": "lm", "step": 30, "loss": 7}\n'
-                    '{"stage": "lm", "step": 10, "loss": 8.5}\n{"stage": "lm", "step": 40, "lo')
-    assert report.read_curves(path) == {"lm": {"loss": [(10, 8.5), (30, 7)]}}
+    # Training was killed after step 20, went on from step 10, and was killed within a line.
+    path.write_text('{"stage": "lm", "step": 10, "loss": 9.0, "val_nll": 8.0}\n'
+                    '{"stage": "lm", "step": 20, "loss": 7.0, "val_label_nats": null}\n'
+                    '{"stage": "lm", "step": 20, "loss": 6.0, "val_label_nats": null}\n'
+                    '{"stage": "lm", "step": 30, "lo')
+    curves = {"loss": [[10, 9.0], [20, 6.0]], "val_nll": [[10, 8.0]]}
+    assert report.read_curves(path) == {"lm": curves}

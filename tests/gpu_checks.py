@@ -1,0 +1,139 @@
+"""The parts of tests/gpu.sh: each function prints rows of JSON, and `report` gathers them."""
+import functools
+import itertools
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+import bench
+import data
+import train
+from eval import choose_autocast, choose_device, versions
+from model import PLANS
+from planner import build_model
+
+DRY = os.environ["DRY"] == "1"
+if DRY:
+    # The usual backend takes a minute for each graph on a CPU.
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+
+
+def text(c):
+    """Prepare the text. If there is none, write the docstrings to a file first."""
+    path = Path(c.data)
+    if not path.exists():
+        documents = itertools.islice(data.documents("docstrings"), 300 if DRY else None)
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for _, text in documents))
+    corpus = labelled_corpus(c)
+    yield {"text": path.name, "training tokens": len(corpus.tokens), "vocabulary": c.vocab_size}
+
+
+def labelled_corpus(c):
+    """The training split under random labels. c gets the tokenizer's vocabulary."""
+    store = data.prepare(c.data, c.tokenizer, c.vocab_size, Path(c.cache_dir))
+    c.vocab_size = store.tokenizer.n_vocab
+    return bench.label_at_random(store, c)
+
+
+def plans(c):
+    """The loss and the gradients of every plan, against those in float32 on the CPU."""
+    c.n_layer = c.planner_layer = c.batch_size = 2
+    corpus = labelled_corpus(c)
+    starts = data.batch_starts(len(corpus.tokens), c.block_size, c.batch_size, (0,), 0)
+    batch = data.window_batch(corpus, starts, c.block_size, c.planner_reach)
+    # In bfloat16 another label may be the likeliest, which moves rows of a gradient.
+    bounds = {"float32": (1e-4, 1e-3), "bfloat16": (0.02, 0.5)}
+    for plan in PLANS:
+        exact_loss, exact = gradients(c, plan, batch, "cpu", "float32")
+        row = {"plan": plan, "loss": exact_loss, "ok": True}
+        for dtype, (loss_bound, gradient_bound) in bounds.items():
+            loss, found = gradients(c, plan, batch, c.device, dtype)
+            errors = {name: ((found[name] - g).norm() / g.norm()).item() for name, g in exact.items()}
+            worst = max(errors, key=errors.get)
+            row |= {dtype: loss - exact_loss, f"{dtype} {worst}": errors[worst]}
+            row["ok"] &= abs(loss - exact_loss) < loss_bound and errors[worst] < gradient_bound
+        yield row
+
+
+def gradients(c, plan, batch, device, dtype):
+    """The loss of a batch, and {name: the gradient of a parameter}."""
+    device = choose_device(device)
+    # In evaluation `gumbel` draws no noise, which would differ between devices.
+    model = build_model(c, plan, c.vocab_size).eval()
+    torch.manual_seed(0)
+    for name, p in model.named_parameters():
+        # Zeros would hide all that a plan does.
+        if "plan_map" in name or "label_emb" in name:
+            torch.nn.init.normal_(p, std=0.05)
+    model.to(device)
+    with choose_autocast(dtype, device):
+        nll, _ = model(batch.to(device))
+    nll.mean().backward()
+    grads = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+    return nll.mean().item(), grads
+
+
+def steps(c):
+    """The speed and the memory of a step without a plan and under `soft`."""
+    corpus = labelled_corpus(c)
+    for plan in ("none", "soft"):
+        training = bench.Training(plan, c, corpus, 1000)
+        seconds = bench.in_turn({plan: training.step}, 4, warm_up=2)[plan]
+        row = {"plan": plan, "parameters": sum(p.numel() for p in training.model.parameters())}
+        row |= bench.step_row(training, statistics.median(seconds))
+        if bench.ON_GPU:
+            row["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
+            torch.cuda.reset_peak_memory_stats()
+        yield row
+
+
+def stages(c):
+    """All stages of train.py, and what came out."""
+    train.train(c)
+    out = Path(c.out_dir)
+    entries = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    for stage, group in itertools.groupby(entries, lambda entry: entry["stage"]):
+        group = list(group)
+        yield {"stage": stage, "first loss": group[0]["loss"], "loss": group[-1]["loss"],
+               "per second": statistics.median(entry["per_second"] for entry in group)}
+    for plan, figures in data.read_json(out / "results.json")["plans"].items():
+        yield {"plan": plan} | figures
+
+
+def report():
+    """Write and print the rows of all parts. Returns whether every part passed."""
+    work = Path(os.environ["WORK"])
+    results = {"command": os.environ["COMMAND"], "machine": bench.machine(),
+               "versions": versions() | {"cuda": torch.version.cuda}, "parts": {}}
+    print(results["machine"], results["versions"])
+    for line in (work / "parts.txt").read_text().splitlines():
+        name, code, seconds = line.split()
+        log = (work / f"{name}.log").read_text(errors="replace").splitlines()
+        part = {"passed": code == "0", "seconds": int(seconds)}
+        if name == "stages_compiled":
+            part["recompilations"] = sum("Recompiling function" in entry for entry in log)
+            part["hits of the limit"] = sum("torch._dynamo hit config." in entry for entry in log)
+            part["passed"] &= part["hits of the limit"] == 0
+        part["rows"] = [json.loads(entry) for entry in log if entry.startswith('{"')]
+        print(f"{name}: {bench.line(part)}")
+        for row in part["rows"]:
+            print(f"    {bench.line(row)}")
+        if not part["passed"] or not part["rows"]:
+            print(*log[-5:], sep="\n    ")
+        results["parts"][name] = part
+    data.write_json(Path(os.environ["RESULTS"]), results)
+    return all(part["passed"] for part in results["parts"].values())
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "report":
+        sys.exit(not report())
+    passed = True
+    for row in globals()[sys.argv[1]](train.parse_config(sys.argv[2:])):
+        print(json.dumps(row), flush=True)
+        passed &= row.get("ok", True)
+    sys.exit(not passed)
