@@ -6,17 +6,17 @@ subtracted and the length made 1. Source: SIF, Arora, Liang and Ma, "A Simple bu
 Baseline for Sentence Embeddings", ICLR 2017, which removes a principal component instead of the
 mean. NOTE(paper): there, a pretrained sentence encoder gives the vectors.
 """
+import itertools
 import math
 import re
 from collections import Counter
 
 import numpy as np
-import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import Corpus, InputError
+from data import EOT, InputError
 
 SIF_A = 1e-3            # a; the source finds values from 1e-4 to 1e-3 equally good
 CHUNK = 4096            # sentences embedded at a time
@@ -175,36 +175,35 @@ def describe(labeler, corpus, tokenizer):
     share of the label's sentences that contain the word minus that share among all sentences.
     sentences: the two nearest to the centroid.
     """
-    K = len(labeler.centroids)
-    sample = np.arange(0, corpus.n_sentences, 1 + corpus.n_sentences // 60_000)
     centroids = labeler.centroids.cpu().numpy()
+    sample = np.arange(0, corpus.n_sentences, 1 + corpus.n_sentences // 60_000)
     offsets = corpus.vectors[sample] - centroids[corpus.labels[sample]]     # (n, E)
-    order = sample[np.square(offsets).sum(1).argsort()]
-
-    everywhere = Counter()
-    within = [Counter() for _ in range(K)]
-    sentences = [[] for _ in range(K)]
-    for j in order:
-        label = corpus.labels[j]
+    # The nearest to their centroid first.
+    sample = sample[np.square(offsets).sum(1).argsort()]
+    texts = []
+    words = []
+    for j in sample:
         tokens = corpus.tokens[corpus.sentences[j]:corpus.sentences[j + 1]]
-        tokens = tokens[tokens != tokenizer.eot_token]
-        text = " ".join(tokenizer.decode(tokens.tolist()).split())
+        text = tokenizer.decode(tokens.tolist()).replace(EOT, "")
+        texts.append(" ".join(text.split()))
         # Words of three letters or more, but no identifiers such as fooBar or foo_bar.
-        words = set(re.findall(r"\b[A-Za-z][a-z]{2,}\b", text))
-        words = {word.lower() for word in words}
-        everywhere.update(words)
-        within[label].update(words)
-        if text and len(sentences[label]) < 2 and text not in sentences[label]:
-            sentences[label].append(text)
+        found = re.findall(r"\b[^\W\d_][^\W\d_A-Z]{2,}\b", text)
+        words.append({word.lower() for word in found})
+    everywhere = Counter(itertools.chain.from_iterable(words))
 
-    sizes = np.bincount(corpus.labels, minlength=K)
-    sampled = np.bincount(corpus.labels[order], minlength=K)
     descriptions = []
-    for label in range(K):
+    for label, size in enumerate(np.bincount(corpus.labels, minlength=len(centroids))):
+        members = np.flatnonzero(corpus.labels[sample] == label)
+        within = Counter(itertools.chain.from_iterable(words[i] for i in members))
         excess = {}
-        for word, n in within[label].items():
-            excess[word] = n / sampled[label] - everywhere[word] / len(order)
-        words = sorted(excess, key=lambda word: (-excess[word], word))[:6]
-        description = {"size": int(sizes[label]), "words": words, "sentences": sentences[label]}
-        descriptions.append(description)
+        for word, n in within.items():
+            excess[word] = n / len(members) - everywhere[word] / len(sample)
+        top_words = sorted(excess, key=lambda word: (-excess[word], word))
+        # Each text once; a sentence may be nothing but <|endoftext|>.
+        nearest_texts = dict.fromkeys(texts[i] for i in members if texts[i])
+        descriptions.append({
+            "size": int(size),
+            "words": top_words[:6],
+            "sentences": list(nearest_texts)[:2],
+        })
     return descriptions

@@ -113,8 +113,8 @@ def build_model(config, plan, vocab_size):
     c = config
     n_labels = 0 if plan == "none" else c.n_labels
     gpt = GPT(vocab_size, c.block_size, c.n_layer, c.n_head, c.n_embd, n_labels, c.seed)
-    # The longest row: runs of sentences in stage planner, or a window and the sentences before it.
-    n_slots = c.planner_reach + max(c.planner_reach, c.block_size + 8)
+    # Enough for a window with the sentences before it, and for the runs of stage planner.
+    n_slots = c.block_size + 2 * c.planner_reach + 16
     # Sentence vectors are means of token embeddings, so E = C.
     planner = Planner(c.n_embd, c.n_labels, c.planner_layer, c.n_head, c.n_embd, n_slots, c.seed)
     return PlannedGPT(gpt, planner, plan, c.planner_reach, c.planner_view, c.gumbel_tau)

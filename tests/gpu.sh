@@ -23,16 +23,15 @@ SMALL=(--n_layer=2 --planner_layer=1 --batch_size=8 --grad_accum=2 --lm_steps=6 
 if [ "$DRY" = 1 ]; then
     export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES="" RESULTS=$WORK/gpu.json
     TESTS=tests/test_data.py
-    OPTIONS+=(--device=cpu --vocab_size=512 --n_layer=1 --n_head=2 --n_embd=32 --block_size=64
-        --n_labels=16 --planner_layer=1 --planner_reach=8 --batch_size=4 --grad_accum=2)
+    OPTIONS+=(--device=cpu --vocab_size=512 --n_layer=1 --n_head=2 --n_embd=32 --block_size=256
+        --n_labels=16 --planner_layer=1 --planner_reach=8 --batch_size=2 --grad_accum=2)
 fi
 
 # part NAME SECONDS COMMAND...: run a part, for no longer than is left of eight minutes.
 part() {
-    local name=$1 limit=$2 begun=$SECONDS code=0
+    local name=$1 left=$((SECONDS < 480 ? 480 - SECONDS : 1)) begun=$SECONDS code=0
+    local limit=$(($2 < left ? $2 : left))
     shift 2
-    [ "$limit" -gt $((480 - SECONDS)) ] && limit=$((480 - SECONDS))
-    [ "$limit" -lt 1 ] && limit=1
     echo "$name: at most $limit s"
     timeout -k 5 "$limit" "$@" > "$WORK/$name.log" 2>&1 || code=$?
     echo "$name $code $((SECONDS - begun))" >> "$WORK/parts.txt"
@@ -47,7 +46,8 @@ part steps_compiled 150 "${CHECK[@]}" steps "${OPTIONS[@]}"
 part stages 90 "${CHECK[@]}" stages "${OPTIONS[@]}" "${SHORT[@]}" --compile=false \
     --out_dir="$WORK/stages"
 export TORCH_LOGS=recompiles
-part stages_compiled 120 "${CHECK[@]}" stages "${OPTIONS[@]}" "${SMALL[@]}" --out_dir="$WORK/compiled"
+part stages_compiled 120 "${CHECK[@]}" stages "${OPTIONS[@]}" "${SMALL[@]}" \
+    --out_dir="$WORK/compiled"
 "${CHECK[@]}" report
 code=$?
 [ -n "${OUT:-}" ] && mkdir -p "$OUT" && cp "$RESULTS" "$WORK"/*.log "$OUT"

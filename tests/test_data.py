@@ -1,10 +1,8 @@
 """Data: no boundary sees the future, no byte is lost, a window knows its targets' sentences."""
-import importlib
 import itertools
 import json
 import random
 import re
-import sys
 import weakref
 from collections import Counter
 
@@ -14,225 +12,209 @@ import pytest
 import data
 from data import EOT, SPLITS, Corpus, InputError
 
+# What a splitter may trip over.
 FRAGMENTS = [
-    "The cat sat on the mat. ", "No? ", 'He said "yes." ', "e.g. ", "(see Fig. 3) ", "3.14 ",
-    "word ", "word\n", f"Returns\n{20 * '-'}\n", ">>> f(x)\n3\n", "\n\n", " \n\r\n", 50 * " ",
-    "a line that is wrapped at a margin, as docstrings are, goes on\n", 70 * "x", 400 * "w", EOT,
-    10 * "\n", "。", "！", "你好世界", "今天天气很好我们去公园玩。", "Привет. ", "é", "😀", "\0\x1b\t"]
-PLANES = [(0, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF)]
+    "The cat sat on the mat. ", "No? ", 'He said "yes." ', "word ", "word\n",
+    "Returns\n-------\n", "\n\n", " \n\r\n", 50 * " ", EOT, "\0\x1b\t",
+    "a line that is wrapped at a margin, as docstrings are, goes on\n", 400 * "w",
+    "！", "你好世界", "今天天气很好我们去公园玩。", "Привет. ", 99 * "é天😀",
+]
+TEXTS = ["".join(random.Random(seed).choices(FRAGMENTS, k=60)) for seed in range(8)]
+
+# The tokens are single bytes, fragments, and some like GPT-2's: a sentence ends within the token,
+# or a character is split between two tokens.
+PIECES = [bytes([b]) for b in range(256)]
+PIECES += [fragment.encode() for fragment in FRAGMENTS]
+PIECES += [b". Th", b"?\nA", b"\xe3\x80\x82x", b"\x80\x82A", b"\xff. \xff"]
+TOKENIZER = data.bpe_tokenizer({piece: rank for rank, piece in enumerate(PIECES)})
 
 
-def draw_text(seed, n=40):
-    """What a splitter may trip over, and characters of every plane, in any order."""
-    rng = random.Random(seed)
-    strange = "".join(chr(rng.randint(*rng.choice(PLANES))) for _ in range(20))
-    parts = rng.choices(FRAGMENTS, k=n) + list(strange)
-    return "".join(rng.sample(parts, len(parts)))
+def draw_streams():
+    """Streams of tokens that no text would give, with `<|endoftext|>` anywhere."""
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        # The first stream consists mostly of single bytes, the second mostly of fragments.
+        yield rng.integers(TOKENIZER.n_vocab, size=300)
+        yield rng.integers(250, TOKENIZER.n_vocab, size=100)
+        # The third has no blanks, and most of its bytes do not form characters.
+        yield rng.choice([*b"x\xc3\xe3\xf0\x80"], 900)
 
 
-def draw_prose(seed, n=4):
-    rng = random.Random(seed)
-    words = "time planner token vector label of and the a sees writes finds".split()
-    return "".join(" ".join(rng.choices(words, k=8)) + rng.choice([". ", ".\n"]) for _ in range(n))
-
-
-TEXTS = [draw_text(seed) for seed in range(8)]
-NO_BLANK = ["a" + 9999 * character for character in "xé天😀"]
-DOCUMENTS = [draw_prose(seed) for seed in range(80)]
-
-
-def one_line_error(name):
-    """An error that a user can act on: one line, which names the file, folder or address."""
-    return pytest.raises(InputError, match=rf"\A[^\n]*{re.escape(str(name))}[^\n]*\Z")
-
-
-# --- sentences, tokens, tokenizer -----------------------------------------------------------------
+# --- sentences and tokenizer ----------------------------------------------------------------------
 def test_segments_lose_nothing_and_keep_to_their_sizes():
-    for text in TEXTS + NO_BLANK:                    # a cut within a character can't be decoded
+    for text in TEXTS:
         sentences = data.segment(text)
         sizes = [len(sentence.encode()) for sentence in sentences]
-        assert "".join(sentences) == text and min(sizes[:-1]) >= data.MIN_BYTES
-        assert max(sizes) <= data.HARD_BYTES + 6     # two characters that lie across it
+        assert "".join(sentences) == text
+        assert min(sizes[:-1]) >= data.MIN_BYTES
+        # The hard limit may fall within a character; the sentence ends after the next one.
+        assert max(sizes) <= data.HARD_BYTES + 6
     text = 'The cat sat on the mat. She said: "Oh, come in." 今天天气很好我们去公园玩。e.g. so'
     assert [len(sentence) for sentence in data.segment(text)] == [24, 25, 13, 7]
 
 
-RANKS = data.train_bpe(TEXTS, 500)
-for token in (b". Th", b"?\nA", b"\xe3\x80\x82x", b"\x80\x82A", b"\xff. \xff"):
-    RANKS.setdefault(token, len(RANKS))              # a boundary falls within, as in GPT-2's
-TOKENIZER = data.bpe_tokenizer(RANKS)
-
-
-def draw_tokens(seed):
-    """Text, any ids at all, those above most of all, and `<|endoftext|>` anywhere."""
-    rng, n = np.random.default_rng(seed), TOKENIZER.n_vocab
-    tokens = np.array(TOKENIZER.encode_ordinary(draw_text(seed, 15)))
-    for new in (rng.integers(n, size=40), rng.integers(n - 6, n, size=40)):
-        tokens = np.insert(tokens, rng.integers(len(tokens), size=len(new)), new)
-    return tokens
-
-
-STREAMS = [draw_tokens(seed) for seed in range(8)]
-STREAMS += [np.array(TOKENIZER.encode_ordinary(text[:400])) for text in NO_BLANK]
-# No blank, and hardly a character: where the hard cut falls, most bytes stand astray.
-STREAMS += [np.random.default_rng(seed).choice([*b"x\xc3\xe3\xf0\x80"], 900) for seed in range(8)]
-
-
 def test_sentence_ends_of_a_prefix_are_a_prefix_of_sentence_ends():
-    for tokens in STREAMS:
-        whole = data.sentence_ends(tokens, TOKENIZER)
+    for tokens in draw_streams():
+        ends = data.sentence_ends(tokens, TOKENIZER)
         for n in range(len(tokens)):
-            assert np.array_equal(data.sentence_ends(tokens[:n], TOKENIZER), whole[:n])
+            assert np.array_equal(data.sentence_ends(tokens[:n], TOKENIZER), ends[:n])
 
 
-def test_a_sentence_ends_with_the_token_that_holds_the_last_byte_before_its_boundary():
-    for tokens in STREAMS:
+def test_a_sentence_ends_with_the_token_that_holds_its_last_byte():
+    for tokens in draw_streams():
         tokens = tokens[tokens != TOKENIZER.eot_token]
-        pieces = [TOKENIZER.decode_single_token_bytes(token) for token in tokens]
-        holder = np.repeat(np.arange(len(tokens)), [len(piece) for piece in pieces])    # of a byte
-        last_bytes = np.array(data.boundaries(b"".join(pieces)), int) - 1
-        closing = np.flatnonzero(data.sentence_ends(tokens, TOKENIZER))
-        assert np.array_equal(closing, np.unique(holder[last_bytes]))
+        boundaries = data.boundaries(TOKENIZER.decode_bytes(tokens))
+        stop = 0
+        for token, ends in zip(tokens, data.sentence_ends(tokens, TOKENIZER)):
+            start = stop
+            stop += len(PIECES[token])
+            assert ends == any(start < boundary <= stop for boundary in boundaries)
 
 
-def slow_bpe(texts, vocab_size):
-    """Counts all pairs anew for each merge; of equally frequent ones the first in bytes wins."""
-    words = [word for text in texts for word in re.findall(data.PATTERN, text)]
-    words = [[bytes([b]) for b in word.encode()] for word in words]
-    ranks = {bytes([b]): b for b in range(256)}
-    while len(ranks) < vocab_size - 1:
-        pairs = Counter(a + b for word in words for a, b in zip(word, word[1:]))
-        often = [(-n, pair) for pair, n in pairs.items() if n > 1 and pair not in ranks]
-        if not often:
+def naive_bpe(texts, n_merges):
+    """Count all pairs anew for each merge."""
+    words = []
+    for text in texts:
+        for word in re.findall(data.PATTERN, text):
+            words.append([bytes([b]) for b in word.encode()])
+    merges = []
+    while len(merges) < n_merges:
+        pairs = Counter(a + b for word in words for a, b in itertools.pairwise(word))
+        frequent = [(-n, pair) for pair, n in pairs.items() if n > 1 and pair not in merges]
+        if not frequent:
             break
-        token = min(often)[1]
-        ranks[token] = len(ranks)
+        _, token = min(frequent)
+        merges.append(token)
         for word in words:
             for i in range(len(word)):
-                if b"".join(word[i:i + 2]) == token and len(word) > i + 1:
+                if b"".join(word[i:i + 2]) == token:
                     word[i:i + 2] = [token]
-    return ranks
+    return merges
 
 
-def test_bpe_merges_what_counting_anew_merges():
-    for seed in range(32):                           # few letters: many ties and overlaps
+# A few different letters give many ties and overlaps.
+@pytest.mark.parametrize("letters", ["ab", "abc. \n", "aé天 ", "ab😀12_"])
+def test_bpe_equals_a_naive_one(letters):
+    for seed in range(8):
         rng = random.Random(seed)
-        letters = ["ab", "abc. \n", "aé天 ", "ab😀12_"][seed % 4]
-        texts = ["".join(rng.choices(letters, k=40)) for _ in range(4)]
-        for size in (262, 400):
-            assert list(data.train_bpe(texts, size).items()) == list(slow_bpe(texts, size).items())
+        texts = ["".join(rng.choices(letters, k=80)) for _ in range(2)]
+        n_merges = rng.randrange(40)
+        # All bytes come first, and the last id is left for EOT.
+        ranks = data.train_bpe(texts, 256 + n_merges + 1)
+        assert list(ranks) == PIECES[:256] + naive_bpe(texts, n_merges)
 
 
 # --- store and corpora ----------------------------------------------------------------------------
+DOCUMENTS = [f"This is document number {i}. It has two sentences.\n" for i in range(300)]
+
+
 def write_corpus(path, texts):
-    path.parent.mkdir(exist_ok=True)
-    lines = [json.dumps({"text": text}) if path.suffix == ".jsonl" else text + "\n" + EOT
-             for text in texts]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    if path.suffix == ".jsonl":
+        lines = [json.dumps({"text": text}) for text in texts]
+    else:
+        lines = [f"{text}\n{EOT}" for text in texts]
+    # The file begins with a byte order mark, which is not part of the first document.
+    path.write_text("\n".join(lines), encoding="utf-8-sig")
 
 
-def prepare(path, vocab_size=300):
-    return data.prepare(str(path), "bpe", vocab_size, path.parent / "cache")
+def prepare(folder, vocab_size=300):
+    return data.prepare(folder, "bpe", vocab_size, folder / "cache")
 
 
-@pytest.mark.parametrize("texts", [["".join(DOCUMENTS)], DOCUMENTS], ids=["one", "many"])
-def test_a_prepared_split_is_the_corpus_of_its_texts(tmp_path, texts):
-    path = tmp_path / "folder"
-    write_corpus(path / "a.txt", texts[::2])
-    write_corpus(path / "b.jsonl", texts[1::2])
-    store = prepare(path)
-    for split in SPLITS:
-        texts = [text for name, text in data.documents(str(path)) if name == split]
-        stored, expected = store.split(split), Corpus.from_texts(texts, store.tokenizer)
-        for name in ("tokens", "sentences", "documents"):
-            assert np.array_equal(getattr(stored, name), getattr(expected, name))
-        assert store.bytes[split] == sum(len(text.encode()) for text in texts if text.strip()) > 0
-
-
-def test_a_store_is_prepared_once_for_each_state_of_its_source(tmp_path, monkeypatch):
-    source = write_corpus(tmp_path / "a.txt", DOCUMENTS)
-    first, other = prepare(source), prepare(source, vocab_size=290)
-    write_corpus(source, DOCUMENTS[::-1])            # of the same size
-    assert len({first.path, other.path, prepare(source).path}) == 3
-    monkeypatch.setattr(data, "documents", None)     # any call fails
-    assert prepare(source).fingerprint != first.fingerprint
-
-
-def test_preparation_interrupted_and_run_again_makes_the_same_store(tmp_path, monkeypatch):
-    def cut_short(texts, **_):                       # in the midst of tokenizing
+def test_a_prepared_split_is_the_corpus_of_its_texts_even_after_an_interruption(
+        tmp_path, monkeypatch):
+    def interrupted(texts, **_):
         yield from itertools.islice(texts, 30)
         raise KeyboardInterrupt
 
-    source = write_corpus(tmp_path / "a.txt", DOCUMENTS)
+    write_corpus(tmp_path / "a.txt", DOCUMENTS[::2])
+    write_corpus(tmp_path / "b.jsonl", DOCUMENTS[1::2])
+    # The progress bar is drawn while documents are tokenized and written.
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(data, "tqdm", cut_short)
-        prepare(source)
-    undisturbed = data.prepare(str(source), "bpe", 300, tmp_path / "other_cache").path
-    for file in prepare(source).path.iterdir():
-        assert file.read_bytes() == (undisturbed / file.name).read_bytes()
+        patch.setattr(data, "tqdm", interrupted)
+        prepare(tmp_path)
+    store = prepare(tmp_path)
+    for split in SPLITS:
+        texts = [text for name, text in data.documents(tmp_path) if name == split]
+        expected = Corpus.from_texts(texts, store.tokenizer)
+        for name, array in vars(store.split(split)).items():
+            assert np.array_equal(array, getattr(expected, name))
+        assert store.bytes[split] == len("".join(texts).encode())
 
 
-def test_preparation_holds_a_few_documents_at_a_time(tmp_path, monkeypatch):
+def test_a_store_is_prepared_once_for_each_state_of_its_source(tmp_path, monkeypatch):
+    write_corpus(tmp_path / "a.txt", DOCUMENTS)
+    first = prepare(tmp_path)
+    # The changed file has the same size.
+    write_corpus(tmp_path / "a.txt", DOCUMENTS[::-1])
+    changed = prepare(tmp_path)
+    other = prepare(tmp_path, vocab_size=290)
+    assert len({first.path, changed.path, other.path}) == 3
+    # Preparing the corpus again would fail from here on.
+    monkeypatch.setattr(data, "documents", None)
+    assert prepare(tmp_path).path == changed.path
+
+
+def test_preparation_holds_a_few_documents_in_memory_at_a_time(tmp_path, monkeypatch):
     class Text(str):
-        """Unlike a str, it can be referred to weakly."""
+        """Unlike str, it allows weak references."""
 
     def read_documents(path):
-        for seed in range(500):
-            text = Text(draw_prose(seed))
-            living.add(id(text))
-            weakref.finalize(text, living.remove, id(text))
+        for document in DOCUMENTS:
+            text = Text(document)
+            living.add(text)
             yield text
-            most.append(len(living))
+            assert len(living) <= 8
 
-    living, most = set(), []
+    living = weakref.WeakSet()
     monkeypatch.setattr(data, "read_documents", read_documents)
-    prepare(write_corpus(tmp_path / "a.txt", []))
-    assert len(most) >= 500 and max(most) <= 8
+    (tmp_path / "a.txt").touch()
+    prepare(tmp_path)
 
 
-@pytest.mark.parametrize("n", [200, 600])
-def test_a_document_and_its_copies_fall_whole_into_one_split_and_none_stays_empty(tmp_path, n):
-    texts = [draw_prose(seed, 30) for seed in range(n)]
-    path = write_corpus(tmp_path / "a.jsonl", texts + texts[::-3])
-    pairs = [pair for pair in data.documents(str(path)) if pair[1].strip()]
-    assert sorted(text for _, text in pairs) == sorted(texts + texts[::-3])     # none is cut
-    assert len(set(pairs)) == n                      # each on one side
-    counts = Counter(split for split, _ in set(pairs))
-    assert set(counts) == set(SPLITS) and 0.8 * n <= counts["train"] <= 0.97 * n
+def test_copies_of_a_document_share_a_split_and_no_split_stays_empty(tmp_path):
+    # A corpus of 200 documents is large enough to keep each of them whole.
+    texts = DOCUMENTS[:150] + DOCUMENTS[:50]
+    write_corpus(tmp_path / "a.jsonl", texts)
+    documents = list(data.documents(tmp_path))
+    assert [text for _, text in documents] == texts
+    splits = [split for split, _ in set(documents)]
+    assert len(splits) == 150 and set(splits) == set(SPLITS)
+    assert 120 < splits.count("train") < 145
 
 
-@pytest.mark.parametrize("text", [draw_prose(0, 90), 4000 * "天" + "\n"], ids=["prose", "no blank"])
-@pytest.mark.parametrize("n", [1, 19])
-def test_each_of_too_few_documents_is_cut_in_three_and_nothing_is_lost(tmp_path, n, text):
-    texts = [f"{i} {text}" for i in range(n)]
-    path = write_corpus(tmp_path / "a.jsonl", texts)
-    pairs = [pair for pair in data.documents(str(path)) if pair[1].strip()]
-    assert [split for split, _ in pairs] == list(SPLITS) * n
-    assert "".join(part for _, part in pairs) == "".join(texts)
-    shares = np.reshape([len(part) / len(texts[0]) for _, part in pairs], (n, 3))
-    assert np.abs(shares - [0.9, 0.05, 0.05]).max() < 0.03
+def test_each_of_too_few_documents_is_cut_in_three_and_nothing_is_lost(tmp_path):
+    texts = [f"{i:03}" + 997 * "天" for i in range(199)]
+    write_corpus(tmp_path / "a.jsonl", texts)
+    splits, parts = zip(*data.documents(tmp_path))
+    assert splits == SPLITS * 199
+    assert "".join(parts) == "".join(texts)
+    assert [len(part) for part in parts] == [900, 50, 50] * 199
 
 
-def test_documents_are_read_as_they_were_written(tmp_path):
-    texts = [text.replace("\r", "").replace(EOT, "") for text in TEXTS]    # \r\n becomes \n
-    for name, end in (("a.jsonl", ""), ("a.txt", "\n")):
-        read = data.read_documents(write_corpus(tmp_path / name, texts))
-        assert [text for text in read if text.strip()] == [text + end for text in texts]
+def test_documents_of_a_text_file_are_read_as_they_were_written(tmp_path):
+    # Reading turns every line end into "\n", and EOT would separate documents.
+    texts = [text.replace("\r", "").replace(EOT, "") for text in TEXTS]
+    path = tmp_path / "a.txt"
+    write_corpus(path, texts)
+    assert list(data.read_documents(path)) == [text + "\n" for text in texts]
 
 
-@pytest.mark.parametrize("name, raw, named", [
-    *[("a.jsonl", b'{"text": "Well."}\n' + line, ":2") for line in (
-        b'{"text": "We', b'{"title": ""}', b'{"text": 1}', b'{"text": null}', b'["text"]', b"1",
-        rb'{"text": "\ud83d"}', b'{"text": ' + 100_000 * b"[")],
-    ("a.txt", b"One sentence.\n", ""), ("a.txt", 99 * b"So " + b"\xe9", ""),
-    ("a.txt", None, "")], ids=range(11))
-def test_what_makes_no_corpus_is_named_and_leaves_no_store(tmp_path, name, raw, named):
-    if raw is not None:
-        (tmp_path / name).write_bytes(raw)
-    for _ in range(2):                               # nor is there one the second time
-        with one_line_error(f"{tmp_path / name}{named}"):
-            prepare(tmp_path / name)
+@pytest.mark.parametrize("place, content", [
+    ("a.jsonl:1", b'{"text": "We'),
+    ("a.jsonl:1", b'{"title": ""}'),
+    ("a.jsonl:1", b'{"text": 1}'),
+    ("a.jsonl:1", b'["text"]'),
+    ("a.jsonl:2", b'{"text": "Well."}\n' + rb'{"text": "\ud83d"}'),
+    ("a.jsonl:1", b'{"text": ' + 100_000 * b"["),
+    ("a.txt", b"Not UTF-8: \xe9"),
+    ("a.txt", b"One sentence.\n"),
+], ids=range(8))
+def test_unreadable_input_is_named_in_one_line(tmp_path, place, content):
+    path = tmp_path / place.partition(":")[0]
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"\A.*{tmp_path / place}.*\Z"):
+        data.prepare(path, "bpe", 300, tmp_path)
 
 
 MODULE = '''"""module NN"""
@@ -242,110 +224,106 @@ try:
 except ImportError:
     class A:
         async def method(self): """method NN"""
-def late(): """late NN"""
+def nested(): """nested NN"""
 def copy(): """method NN"""
-def shared(): """shared by all"""
 def short(): """short NN"""
 '''
 
 
 def test_a_file_is_a_document_of_its_long_docstrings_in_order_without_copies(tmp_path, monkeypatch):
-    def long(text):                                  # of the fewest characters that count
-        return text.ljust(200, ".")
-    write_corpus(tmp_path / "made_up/template.py", ["def {{ name }}(): pass"])
-    module = re.sub('"""(.*)"""', lambda found: f'"""{long(found[1])}"""', MODULE)
-    module = module.replace("short ", "short")       # one character less
-    for name in [*range(10, 70), "copy of 69"]:      # they are read in this order
-        (tmp_path / f"made_up/{name}.py").write_text(module.replace("NN", str(name)[-2:]))
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "data")         # the loaded one may hold the real docstrings
-    afresh = importlib.import_module("data")
-    afresh.DOCSTRING_PACKAGES = ("made_up",)
-    splits, found = zip(*afresh.documents("docstrings"))
-    expected = ["\n\n".join(long(f"{kind} {i}") for kind in ("module", "method", "late"))
-                for i in range(10, 70)]
-    expected[0] += "\n\n" + long("shared by all")
-    assert sorted(found) == expected and list(found) != expected        # shuffled
+    # Make the docstrings 200 characters long, and the short one 199.
+    numbers = [str(i) + 191 * "." for i in range(10, 70)]
+    for i, number in enumerate([*numbers, numbers[0]]):
+        (tmp_path / f"{i:02}.py").write_text(MODULE.replace("NN", number))
+    (tmp_path / "template.py").write_text("def {{ name }}(): pass")
+    # The folder is a package.
+    monkeypatch.syspath_prepend(tmp_path.parent)
+    monkeypatch.setattr(data, "DOCSTRING_PACKAGES", [tmp_path.name])
+    # Bypass the cache, which may hold the docstrings of the real packages.
+    splits, texts = zip(*data._docstrings.__wrapped__())
+    expected = [f"module {n}\n\nmethod {n}\n\nnested {n}" for n in numbers]
+    assert sorted(texts) == expected
+    # The documents are shuffled.
+    assert list(texts) != expected
     assert set(splits) == set(SPLITS)
 
 
 # --- batches --------------------------------------------------------------------------------------
 def test_an_epoch_visits_disjoint_windows_once_in_an_order_of_its_own():
-    length, width, n = 1003, 10, 99                  # n: one window less than fit, for the offset
-    steps = [data.batch_starts(length, width, 6, (3, 1), step) for step in range(33)]
-    epochs = np.concatenate(steps).reshape(2, n)     # one step takes rows from both
-    for ordered in np.sort(epochs):
-        assert (np.diff(ordered) == width).all()
-        assert 0 <= ordered[0] and ordered[-1] + width < length     # the last target is in the text
-    assert not np.array_equal(*(np.argsort(starts) for starts in epochs))
-    for step in reversed(range(33)):                 # a function of seed and step alone
-        assert np.array_equal(data.batch_starts(length, width, 6, (3, 1), step), steps[step])
+    # 33 steps make two epochs of 99 windows; one step takes windows from both.
+    steps = [data.batch_starts(1003, 10, 6, (3, 1), step) for step in range(33)]
+    epochs = np.reshape(steps, (2, 99))
+    assert (np.diff(np.sort(epochs)) == 10).all()
+    # The text also holds the target of the last token.
+    assert epochs.min() >= 0 and epochs.max() + 10 < 1003
+    first, second = np.argsort(epochs)
+    assert (first != second).any()
 
 
-def draw_corpus(rng):
-    """Short sentences and documents, many of one token; the last sentence may be unfinished."""
+def draw_corpus(seed):
+    """60 short sentences in several documents, then an unfinished sentence of 3 tokens.
+
+    Token i is i; sentence j has the label j and the vector [j + 1].
+    """
+    rng = np.random.default_rng(seed)
     sentences = np.cumsum([0, *rng.choice([1, 1, 2, 3, 9], 60)])
-    tokens = rng.integers(99, size=sentences[-1] + rng.integers(4))
-    opens = np.flatnonzero(rng.random(61) < rng.choice([0.1, 0.5, 1]))
-    documents = np.unique([0, *opens])
-    vectors = rng.normal(size=(60, 3)).astype(np.float16)
-    return Corpus(tokens, sentences, documents, vectors, rng.integers(9, size=60))
+    tokens = np.arange(sentences[-1] + 3)
+    documents = np.unique([0, *rng.integers(61, size=20)])
+    labels = np.arange(60)
+    return Corpus(tokens, sentences, documents, labels[:, None] + 1, labels)
 
 
-def slow_window(corpus, start, block_size, reach, view, P, S):
-    """One row of a batch, sentence by sentence."""
-    tokens = [*corpus.tokens, *[-1] * block_size][start:start + block_size + 1]
-    sentence_id = [int((corpus.sentences <= start + 1 + t).sum()) - 1 for t in range(block_size)]
-    touched = sentence_id[0]
-    last = sentence_id[-1]
-    opening = max(j for j in corpus.documents if j <= touched)
-    earliest = max(opening, touched - reach) if view == "document" else touched
-    vectors = np.zeros((P, 3), np.float16)
+def assert_slots(batch, row, corpus, earliest, touched, last, window_start=0):
+    """Compare one row of a batch with what going through its sentences one by one gives."""
+    P = batch.vectors.shape[1]
+    S = batch.labels.shape[1]
+    vectors = [[0]] * P
     first = [True] * P
     labels = [-1] * P
     previous = [-1] * P
     for j in range(earliest, last + 1):
-        slot = P - 1 - last + j
-        unseen = view == "window" and corpus.sentences[j - 1] < start
-        first[slot] = bool(j == earliest or j in corpus.documents or unseen)
-        if not first[slot]:
-            previous[slot] = corpus.labels[j - 1]
-        if j < corpus.n_sentences:
-            vectors[slot] = corpus.vectors[j]
-        if touched <= j < corpus.n_sentences:
-            labels[slot] = corpus.labels[j]
-    return {"targets": tokens[1:], "sentence_id": [j - last - 1 + S for j in sentence_id],
-            "vectors": vectors, "first": first, "labels": labels[-S:], "previous": previous[-S:]}
+        # The last sentence is in slot -1.
+        slot = j - last - 1
+        if j < 60:
+            vectors[slot] = [j + 1]
+            if j >= touched:
+                labels[slot] = j
+        follows_unseen = j == earliest or corpus.sentences[j - 1] < window_start
+        if j not in corpus.documents and not follows_unseen:
+            first[slot] = False
+            previous[slot] = j - 1
+    assert batch.vectors[row].tolist() == vectors
+    assert batch.first[row].tolist() == first
+    assert batch.labels[row].tolist() == labels[-S:]
+    assert batch.previous[row].tolist() == previous[-S:]
 
 
 @pytest.mark.parametrize("view", ["document", "window"])
-def test_a_window_holds_what_going_through_its_sentences_one_by_one_finds(view):
-    for seed in range(60):
-        rng = np.random.default_rng(seed)
-        corpus = draw_corpus(rng)
-        # Some windows reach beyond the end of the text.
-        starts = rng.integers(len(corpus.tokens), size=4)
-        options = (int(rng.choice([1, 2, 10, 40])), int(rng.integers(6)), view)
-        batch = data.window_batch(corpus, starts, *options)
-        P = batch.vectors.shape[1]
-        S = batch.labels.shape[1]
-        rows = [slow_window(corpus, start, *options, P, S) for start in starts]
-        for name in rows[0]:
-            assert np.array_equal(getattr(batch, name), [row[name] for row in rows]), name
-        following = batch.targets[:, :-1]
-        assert (batch.tokens[:, 1:] == following)[following >= 0].all()
+@pytest.mark.parametrize("T, reach", [(1, 1), (10, 0), (40, 5)])
+def test_a_window_holds_what_going_through_its_sentences_one_by_one_finds(view, T, reach):
+    corpus = draw_corpus(T)
+    N = len(corpus.tokens)
+    # Some windows reach beyond the end of the text.
+    batch = data.window_batch(corpus, np.arange(N), T, reach, view)
+    S = batch.labels.shape[1]
+    for start in range(N):
+        positions = range(start + 1, start + T + 1)
+        assert batch.tokens[start].tolist() == [min(i, N) - 1 for i in positions]
+        assert batch.targets[start].tolist() == [i if i < N else -1 for i in positions]
+        sentences = [sum(corpus.sentences <= i) - 1 for i in positions]
+        touched = sentences[0]
+        last = sentences[-1]
+        assert batch.sentence_id[start].tolist() == [S + j - last - 1 for j in sentences]
+        if view == "document":
+            opening = max(j for j in corpus.documents if j <= touched)
+            earliest = max(opening, touched - reach)
+            assert_slots(batch, start, corpus, earliest, touched, last)
+        else:
+            assert_slots(batch, start, corpus, touched, touched, last, start)
 
 
 def test_a_run_of_sentences_starts_afresh_with_each_document():
-    for seed in range(10):
-        corpus = draw_corpus(np.random.default_rng(seed))
-        starts = np.array([0, 7, corpus.n_sentences - 12])
-        index = starts[:, None] + np.arange(12)
-        batch = data.sentence_batch(corpus, starts, 12)
-        # 12 sentences are in the last of 16 slots; the others are empty.
-        assert np.array_equal(batch.labels[:, 4:], corpus.labels[index])
-        assert np.array_equal(batch.vectors[:, 4:], corpus.vectors[index])
-        opens = np.isin(index, corpus.documents)
-        opens[:, 0] = True
-        assert np.array_equal(batch.first[:, 4:], opens)
-        assert (batch.labels[:, :4] == -1).all() and batch.first[:, :4].all()
+    corpus = draw_corpus(0)
+    batch = data.sentence_batch(corpus, np.arange(49), 12)
+    for start in range(49):
+        assert_slots(batch, start, corpus, start, start, start + 11)
