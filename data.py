@@ -22,7 +22,6 @@ import re
 import tempfile
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
@@ -654,11 +653,16 @@ def read_checkpoint(path):
                          "and train that stage again") from None
 
 
-def load_weights(module, weights, path):
-    """Load the weights of the checkpoint at `path`. Raises InputError if they don't fit."""
+def load_weights(module, path):
+    """Load a module's weights from a checkpoint, and return the rest of it.
+
+    Raises InputError if they don't fit.
+    """
+    checkpoint = read_checkpoint(path)
     try:
-        module.load_state_dict(weights)
+        module.load_state_dict(checkpoint.pop("model"))
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} does not fit the model. If you changed the code, take another "
                          f"out_dir. {reason}") from None
+    return checkpoint

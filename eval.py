@@ -24,7 +24,7 @@ import data
 from data import Corpus, InputError
 from labels import Labeler, label_before
 from model import PLANS
-from planner import PlannedGPT, build_model
+from planner import build_model
 
 
 # --- perplexity -----------------------------------------------------------------------------------
@@ -291,10 +291,8 @@ class Run:
 
     def model(self, plan):
         """The trained model of a plan. Raises InputError if its training is not finished."""
-        path = self.out_dir / f"joint_{plan}.pt"
-        checkpoint = data.read_checkpoint(path)
         model = build_model(self.config, plan, self.tokenizer.n_vocab)
-        data.load_weights(model, checkpoint["model"], path)
+        data.load_weights(model, self.out_dir / f"joint_{plan}.pt")
         return model.to(self.device)
 
     def split(self, name):
@@ -322,20 +320,11 @@ def load_run(out_dir, device = ""):
     config = SimpleNamespace(**data.read_json(out_dir / "config.json"))
     device = choose_device(device or config.device)
     tokenizer = data.load_tokenizer(out_dir / "tokenizer.json")
-    path = out_dir / "labels.pt"
-    saved = data.read_checkpoint(path)
-    labeler = Labeler(tokenizer.n_vocab, config.n_embd, config.n_labels)
-    data.load_weights(labeler, saved["model"], path)
-    return Run(
-        out_dir=out_dir,
-        config=config,
-        device=device,
-        autocast=choose_autocast(config.dtype, device),
-        tokenizer=tokenizer,
-        labeler=labeler.to(device),
-        bigram=saved["bigram"],
-        descriptions=saved["descriptions"],
-    )
+    labeler = Labeler(tokenizer.n_vocab, config.n_embd, config.n_labels).to(device)
+    saved = data.load_weights(labeler, out_dir / "labels.pt")
+    autocast = choose_autocast(config.dtype, device)
+    return Run(out_dir, config, device, autocast, tokenizer, labeler, saved["bigram"],
+               saved["descriptions"])
 
 
 def choose_device(name):
@@ -349,9 +338,8 @@ def choose_device(name):
             name = "cuda"
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"device={name} is not available ({reason:.60}): choose auto") from None
+    except (RuntimeError, AssertionError):
+        raise InputError(f"device={name} is not available here: choose auto") from None
 
 
 def choose_autocast(dtype, device):

@@ -8,7 +8,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from data import Batch
 from model import END_TO_END, GPT, NO_PLANNER, Block, init_weights, mix_labels, rotary_table
 
 

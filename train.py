@@ -36,9 +36,9 @@ from model import END_TO_END, PLANS
 from planner import Planner, build_model, label_loss
 
 
-def opt(default, text, least=None, choices=None):
-    """An option: its default, its help text, its smallest value or the values it can have."""
-    return field(default=default, metadata={"help": text, "least": least, "choices": choices})
+def opt(default, text, choices=None):
+    """An option: its default, its help text and, if they are few, the values it can have."""
+    return field(default=default, metadata={"help": text, "choices": choices})
 
 
 @dataclass
@@ -47,10 +47,10 @@ class Config:
     # What, and where.
     data: str = opt("docstrings", "docstrings, or a path to UTF-8 text")
     tokenizer: str = opt("bpe", "bpe: trained on the text; gpt2: downloaded", choices=("bpe", "gpt2"))
-    vocab_size: int = opt(4096, "tokens of the bpe tokenizer, 257 to 65536; gpt2 has 50257", 257)
+    vocab_size: int = opt(4096, "tokens of the bpe tokenizer, 257 to 65536; gpt2 has 50257")
     cache_dir: str = opt("cache", "folder for prepared texts")
     out_dir: str = opt("out", "folder of this run")
-    seed: int = opt(0, "seed of initialisation, batches, k-means and noise", 0)
+    seed: int = opt(0, "seed of initialisation, batches, k-means and noise")
     device: str = opt("auto", "auto (cuda, else mps, else cpu), cuda, mps or cpu")
     dtype: str = opt("auto", "auto: bfloat16 if this hardware is fast at it",
                      choices=("auto", "bfloat16", "float32"))
@@ -58,31 +58,31 @@ class Config:
     compile: bool = opt(False, "torch.compile the models: a slow start, then faster steps on a GPU")
     plans: str = opt("none,hard,soft", f"plans to train: all, or some of {','.join(PLANS)}")
     # Sizes.
-    n_layer: int = opt(4, "blocks of the GPT", 1)
-    n_head: int = opt(3, "attention heads of GPT and planner", 1)
-    n_embd: int = opt(192, "C: width of GPT and planner", 1)
-    block_size: int = opt(64, "T: window of the GPT in tokens", 1)
-    n_labels: int = opt(256, "K: labels, the clusters of k-means", 1)
-    planner_layer: int = opt(2, "blocks of the planner", 1)
-    planner_reach: int = opt(16, "sentences before the window that the planner reads", 1)
+    n_layer: int = opt(4, "blocks of the GPT")
+    n_head: int = opt(3, "attention heads of GPT and planner")
+    n_embd: int = opt(192, "C: width of GPT and planner")
+    block_size: int = opt(64, "T: window of the GPT in tokens")
+    n_labels: int = opt(256, "K: labels, the clusters of k-means")
+    planner_layer: int = opt(2, "blocks of the planner")
+    planner_reach: int = opt(16, "sentences before the window that the planner reads")
     planner_view: str = opt("document", "window: the planner reads only what the GPT sees",
                             choices=("document", "window"))
     # Training.
-    batch_size: int = opt(32, "windows (stage planner: runs of sentences) in a micro-batch", 1)
-    grad_accum: int = opt(1, "micro-batches in a step, a multiple of the number of processes", 1)
-    lm_steps: int = opt(1000, "steps of stage lm", 1)
-    planner_steps: int = opt(300, "steps of stage planner", 1)
-    joint_steps: int = opt(600, "steps of stage joint, for each plan", 1)
-    muon_lr: float = opt(0.02, "peak learning rate of the blocks' matrices (Muon); 0: AdamW", 0)
-    lm_lr: float = opt(1e-2, "peak learning rate of all else in stage lm (AdamW)", 1e-9)
-    planner_lr: float = opt(1e-3, "the same in stage planner", 0)
-    joint_lr: float = opt(4e-3, "the same in stage joint, where Muon's rate falls in proportion", 0)
-    joint_planner_lr: float = opt(2e-4, "peak learning rate of the planner in stage joint", 0)
-    unfreeze_step: int = opt(0, "step of stage joint from which the planner is trained", 0)
-    gumbel_tau: float = opt(1.0, "temperature of the plan gumbel", 1e-3)
-    weight_decay: float = opt(0.1, "of matrices, but not of label_emb", 0)
-    eval_every: int = opt(200, "steps between validations, and between checkpoints", 1)
-    eval_tokens: int = opt(16384, "validation tokens for those; the table takes all", 16)
+    batch_size: int = opt(32, "windows (stage planner: runs of sentences) in a micro-batch")
+    grad_accum: int = opt(1, "micro-batches in a step, a multiple of the number of processes")
+    lm_steps: int = opt(1000, "steps of stage lm")
+    planner_steps: int = opt(300, "steps of stage planner")
+    joint_steps: int = opt(600, "steps of stage joint, for each plan")
+    muon_lr: float = opt(0.02, "peak learning rate of the blocks' matrices (Muon); 0: AdamW")
+    lm_lr: float = opt(1e-2, "peak learning rate of all else in stage lm (AdamW)")
+    planner_lr: float = opt(1e-3, "the same in stage planner")
+    joint_lr: float = opt(4e-3, "the same in stage joint, where Muon's rate falls in proportion")
+    joint_planner_lr: float = opt(2e-4, "peak learning rate of the planner in stage joint")
+    unfreeze_step: int = opt(0, "step of stage joint from which the planner is trained")
+    gumbel_tau: float = opt(1.0, "temperature of the plan gumbel")
+    weight_decay: float = opt(0.1, "of matrices, but not of label_emb")
+    eval_every: int = opt(200, "steps between validations, and between checkpoints")
+    eval_tokens: int = opt(16384, "validation tokens for those; the table takes all")
 
     @property
     def plan_names(self):
@@ -95,14 +95,17 @@ class Config:
         """Check the options; raise InputError with a readable message."""
         for option in fields(self):
             value = getattr(self, option.name)
-            least = option.metadata["least"]
-            if least is not None and not least <= value < math.inf:
+            # Rates may be 0, counts only if that is their default.
+            least = 1 if option.type is int and option.default > 0 else 0
+            if option.type in (int, float) and not least <= value < math.inf:
                 raise InputError(f"{option.name}={value}: must be finite and at least {least}")
         for plan in self.plan_names:
             if plan not in PLANS:
                 raise InputError(f"plans={self.plans}: choose from {','.join(PLANS)}, or all")
-        if self.vocab_size > 65536:
-            raise InputError(f"vocab_size={self.vocab_size}: must be at most 65536")
+        if not 257 <= self.vocab_size <= 65536:
+            raise InputError(f"vocab_size={self.vocab_size}: must lie between 257 and 65536")
+        if self.lm_lr == 0 or self.gumbel_tau == 0:
+            raise InputError("lm_lr and gumbel_tau must be above 0")
         if self.n_embd % (2 * self.n_head):
             raise InputError(f"n_embd={self.n_embd} must be a multiple of {2 * self.n_head}, twice "
                              f"n_head={self.n_head}")
@@ -189,12 +192,9 @@ def make_labels(c, s, gpt):
     labeler.centroids = centroids.cpu()                                     # (K, E)
     labeler.label(s.train)
     print(f"labels: k-means of {len(vectors):,} sentences into {c.n_labels}, inertia {inertia:.0f}")
-    save(s.out / "labels.pt", {
-        "options": stage_options(c, s.store, "labels"),
-        "model": labeler.state_dict(),
-        "bigram": labels.label_bigram(s.train, c.n_labels),
-        "descriptions": labels.describe(labeler, s.train, s.store.tokenizer),
-    })
+    save(c, s, "labels.pt", model=labeler.state_dict(),
+         bigram=labels.label_bigram(s.train, c.n_labels),
+         descriptions=labels.describe(labeler, s.train, s.store.tokenizer))
 
 
 # --- the loop -------------------------------------------------------------------------------------
@@ -213,11 +213,10 @@ def fit(c, s, name, model, steps, parts):
     partial = s.out / f"{name}.partial.pt"
     if finished.exists():
         print(f"{name}: finished before")
-        data.load_weights(model, data.read_checkpoint(finished)["model"], finished)
+        data.load_weights(model, finished)
         return
     if partial.exists():
-        saved = data.read_checkpoint(partial)
-        data.load_weights(model, saved["model"], partial)
+        saved = data.load_weights(model, partial)
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
         first_step = saved["step"]
@@ -302,11 +301,11 @@ def fit(c, s, name, model, steps, parts):
             bar.set_postfix_str("loss {loss:.3f}, {per_second:,.0f}/s".format(**figures))
             if save_now:
                 figures |= validate(c, s, model)
-                checkpoint = {"options": stage_options(c, s.store, name), "model": model.state_dict()}
-                if not is_last:
-                    checkpoint["step"] = done
-                    checkpoint["optimizers"] = [x.state_dict() for x in optimizers]
-                save(finished if is_last else partial, checkpoint)
+                if is_last:
+                    save(c, s, finished.name, model=model.state_dict())
+                else:
+                    states = [optimizer.state_dict() for optimizer in optimizers]
+                    save(c, s, partial.name, model=model.state_dict(), step=done, optimizers=states)
             # If a step is done twice, its last line counts.
             with open(s.out / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"stage": name, "step": done} | figures) + "\n")
@@ -504,8 +503,9 @@ def first_process_first(rank, world):
         dist.barrier()
 
 
-def stage_options(c, store, name):
-    """What the checkpoint NAME.pt depends on: the options of its stage and those before it."""
+def stage_options(c, store, filename):
+    """What a checkpoint depends on: the options of its stage and of those before it, and the text."""
+    name = filename.split(".")[0]
     stage, _, plan = name.partition("_")
     values = {"plan": plan}
     for earlier, options in STAGE_OPTIONS.items():
@@ -513,16 +513,14 @@ def stage_options(c, store, name):
             values[option] = getattr(c, option)
         if earlier == stage:
             break
-    values["fingerprint of the text"] = store.fingerprint
-    return values
+    return values | {"fingerprint of the text": store.fingerprint}
 
 
 def check_checkpoints(c, out, store):
     """Raise InputError if a checkpoint in out_dir was made with other options than these."""
     for path in sorted(out.glob("*.pt")):
-        name = path.name.split(".")[0]
         saved = data.read_checkpoint(path).get("options", {})
-        for option, value in stage_options(c, store, name).items():
+        for option, value in stage_options(c, store, path.name).items():
             if option not in saved:
                 raise InputError(f"{path} was made by another version, without the option {option}: "
                                  "take another --out_dir")
@@ -532,10 +530,10 @@ def check_checkpoints(c, out, store):
                                  "ones to train them again")
 
 
-def save(path, checkpoint):
-    """Write a checkpoint, whole or not at all."""
-    with data.replacing(path) as working:
-        torch.save(checkpoint, working)
+def save(c, s, filename, **checkpoint):
+    """Write a checkpoint, whole or not at all, with the options that it depends on."""
+    with data.replacing(s.out / filename) as working:
+        torch.save({"options": stage_options(c, s.store, filename), **checkpoint}, working)
 
 
 # --- command line ---------------------------------------------------------------------------------

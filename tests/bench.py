@@ -33,7 +33,7 @@ import data
 import labels
 import train
 from eval import choose_autocast, choose_device, versions
-from model import END_TO_END, init_weights
+from model import END_TO_END, NO_PLANNER, init_weights
 from planner import build_model
 
 ON_GPU = torch.cuda.is_available()
@@ -119,36 +119,36 @@ def docstrings():
 def label_at_random(store, c):
     """The training split with vectors and labels made from random token embeddings."""
     corpus = store.split("train")
-    labeler = labels.Labeler(store.tokenizer.n_vocab, c.n_embd, c.n_labels)
-    labeler.fit_vectors(torch.randn(store.tokenizer.n_vocab, c.n_embd), corpus)
+    V = store.tokenizer.n_vocab
+    labeler = labels.Labeler(V, c.n_embd, c.n_labels)
+    labeler.fit_vectors(torch.randn(V, c.n_embd), corpus)
     labeler.centroids = torch.from_numpy(labeler.embed(corpus)[:c.n_labels]).float()
     return labeler.label(corpus)
 
 
 class Training:
-    """Steps as train.fit does them. name: a plan, `lm` for stage lm, or `yardstick`."""
+    """Steps as train.fit does them. name: a plan, or `yardstick`.
+
+    Under `none`, on a corpus without labels, they are those of stage lm.
+    """
 
     def __init__(self, name, c, corpus, n_steps):
         self.c = c
         self.n_steps = n_steps
         self.n_done = 0
         self.device = choose_device(c.device)
-        self.autocast = choose_autocast(c.dtype, self.device)
-        self.stage = "joint"
         if name == "yardstick":
             self.autocast = contextlib.nullcontext()
             self.model = Plain(c)
             # At a rate of 0 for Muon, AdamW trains everything.
             parts = [(self.model, 0.0, YARDSTICK_LR)]
         else:
-            self.model = build_model(c, "none" if name == "lm" else name, c.vocab_size)
+            self.autocast = choose_autocast(c.dtype, self.device)
+            self.model = build_model(c, name, c.vocab_size)
             parts = [(self.model.gpt, c.muon_lr, c.lm_lr)]
         if name in END_TO_END:
             parts.append((self.model.planner, 0.0, c.joint_planner_lr))
-        if name in ("yardstick", "lm"):
-            self.stage = "lm"
-            corpus = replace(corpus, vectors=None, labels=None)
-        elif self.model.planner is None:
+        if name in ("yardstick", *NO_PLANNER):
             corpus = replace(corpus, vectors=None)
         self.corpus = corpus
         self.setup = SimpleNamespace(rank=0, world=1)
@@ -157,7 +157,7 @@ class Training:
         self.net = torch.compile(self.model) if c.compile else self.model
 
     def make_batch(self, micro=0):
-        return train.make_batch(self.c, self.setup, self.corpus, self.stage, self.n_done, micro)
+        return train.make_batch(self.c, self.setup, self.corpus, "joint", self.n_done, micro)
 
     def to_device(self, batch):
         batch = batch.to(self.device)
@@ -245,7 +245,7 @@ def loss():
     store = docstrings()
     corpus = store.split("train")
     trainings = {}
-    for name, steps in (("yardstick", YARDSTICK_STEPS), ("lm", LM_STEPS)):
+    for name, steps in (("yardstick", YARDSTICK_STEPS), ("none", LM_STEPS)):
         trainings[name] = Training(name, c, corpus, 10 if QUICK else steps)
     seconds = dict.fromkeys(trainings, 0.0)
     # A tenth of each, in turn, so that noise meets both.
@@ -258,7 +258,7 @@ def loss():
         rows.append({"table": "loss: window 256, batch 8", "what": name, "steps": training.n_steps,
                      "seconds": seconds[name], "nats": held_out(training, store.split("val"))})
     yardstick, lm = rows
-    rows.append({"table": lm["table"], "what": "loss of lm"})
+    rows.append({"table": lm["table"], "what": "its loss"})
     rows[1] |= aim(yardstick["seconds"] / lm["seconds"], ">=", 8, "x as fast as the yardstick")
     rows[2] |= aim(lm["nats"], "<=", yardstick["nats"], "nats")
     return rows
@@ -323,8 +323,7 @@ def step_row(training, seconds):
     # For each token, 6 operations a weight and those of attention; the planner's are left out.
     weights = 12 * c.n_layer * c.n_embd ** 2 + c.vocab_size * c.n_embd
     operations = 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
-    in_float32 = isinstance(training.autocast, contextlib.nullcontext)
-    dtype = torch.float32 if in_float32 else torch.bfloat16
+    dtype = torch.bfloat16 if isinstance(training.autocast, torch.autocast) else torch.float32
     row = {
         "dtype": str(dtype),
         "tokens/s": n_tokens / seconds,
@@ -342,7 +341,8 @@ def kmeans():
         return []
     K = 256
     vectors = label_at_random(docstrings(), train.Config()).vectors         # (n, E) float16
-    vectors = vectors[:20_000 if QUICK else labels.MOST_POINTS]
+    if QUICK:
+        vectors = vectors[:20_000]
     x = vectors.astype(np.float32)
     generator = torch.Generator().manual_seed(0)
     start = labels.plus_plus(torch.from_numpy(x[:1 << 14]), K, generator)
@@ -409,11 +409,9 @@ def prepare():
 
 def machine():
     """The machine in words."""
-    name = f"{os.cpu_count()} CPU cores, {platform.system()} {platform.machine()}, "
-    name += f"{torch.get_num_threads()} threads"
-    if ON_GPU:
-        name = f"{torch.cuda.get_device_name()}, {name}"
-    return name
+    name = f"{torch.cuda.get_device_name()}, " if ON_GPU else ""
+    name += f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, "
+    return name + f"{platform.system()} {platform.machine()}"
 
 
 def main():

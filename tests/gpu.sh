@@ -16,7 +16,7 @@ export COMMAND="bash tests/gpu.sh $*" DRY=${DRY:-0} RESULTS=results/gpu.json TQD
 WORK=$(mktemp -d)
 TESTS=tests
 OPTIONS=(--preset=gpu --device=cuda --tokenizer=bpe --vocab_size=50257 --cache_dir="$WORK/cache"
-    --data="${1:-$WORK/docstrings.jsonl}" "${@:2}")
+    --data="${1:-$WORK/docstrings.jsonl}")
 SHORT=(--grad_accum=4 --lm_steps=30 --planner_steps=30 --joint_steps=12 --eval_tokens=65536)
 SMALL=(--n_layer=2 --planner_layer=1 --batch_size=8 --grad_accum=2 --lm_steps=6 --planner_steps=6
     --joint_steps=16 --eval_tokens=16384 --plans=none,hard,soft,gumbel)
@@ -26,6 +26,7 @@ if [ "$DRY" = 1 ]; then
     OPTIONS+=(--device=cpu --vocab_size=512 --n_layer=1 --n_head=2 --n_embd=32 --block_size=256
         --n_labels=16 --planner_layer=1 --planner_reach=8 --batch_size=2 --grad_accum=2)
 fi
+OPTIONS+=("${@:2}")
 
 # part NAME SECONDS COMMAND...: run a part, for no longer than is left of eight minutes.
 part() {

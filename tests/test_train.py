@@ -86,7 +86,8 @@ def error_line(main, arguments, capsys):
         main(arguments)
     lines = []
     for line in capsys.readouterr().err.splitlines():
-        if line.strip() and not line.rstrip().endswith("]"):
+        # A progress bar says for how long it has been running.
+        if line.strip() and "[00:" not in line:
             lines.append(line)
     assert len(lines) == 1 and ": error: " in lines[0], lines
     return lines[0]
@@ -210,10 +211,9 @@ def test_killed_anywhere_and_continued_equals_undisturbed(corpus, trained, tmp_p
     out = tmp_path / "out"
     arguments = options(corpus, out, f"--cache_dir={tmp_path}/cache")
     for name, n in [
-            ("os.rename", 1), ("train.make_batch", draw.randint(2, 6)),
-            ("torch.save", draw.randint(1, 3)), ("labels.nearest", 2), ("os.replace", 5),
-            ("torch.nn.functional.gumbel_softmax", draw.randint(3, 6)),
-            ("torch.save", draw.randint(1, 9))]:
+            ("os.rename", 1), ("train.make_batch", draw.randint(2, 6)), ("torch.save", 2),
+            ("labels.nearest", 2), ("os.replace", 5),
+            ("torch.nn.functional.gumbel_softmax", draw.randint(3, 6)), ("torch.save", 1)]:
         process = context.Process(target=killed_run, args=(arguments, name, n))
         process.start()
         process.join()
@@ -378,7 +378,7 @@ def test_two_processes_with_two_micro_batches_train_as_one_does_with_one(corpus,
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     # Only process 0 prints.
-    assert done.stdout.count("perplexity") == 1
+    assert done.stdout.count("fingerprint") == 1
     alone = curves(trained)
     for key, figure in curves(out).items():
         assert figure == pytest.approx(alone[key], rel=1e-4), key
@@ -502,16 +502,15 @@ def test_two_preparations_at_once_share_one_store(corpus, tmp_path, monkeypatch)
 def test_compiled_plans_are_compiled_once_each_and_lose_what_eager_ones_do(
         corpus, tmp_path, monkeypatch):
     # At these sizes P and S vary from batch to batch.
-    sizes = ["--plans=none,previous,hard,gumbel,soft,oracle", "--block_size=64",
-             "--planner_reach=9"]
-    eager = curves(run(corpus, tmp_path / "eager", *sizes))
+    sizes = "--plans=none,previous,hard,gumbel,soft,oracle --block_size=80 --planner_reach=9"
+    eager = curves(run(corpus, tmp_path / "eager", *sizes.split()))
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     counters = torch._dynamo.utils.counters
     counters.clear()
     n_graphs = []
     count = lambda *_: n_graphs.append(counters["stats"]["unique_graphs"])
     act_before(monkeypatch, "train.fit", count)
-    compiled = curves(run(corpus, tmp_path / "compiled", "--compile=true", *sizes))
+    compiled = curves(run(corpus, tmp_path / "compiled", "--compile=true", *sizes.split()))
     count()
     # One graph each for stages lm and planner and for six plans. At the limit of recompilations, a
     # plan would run without one.
