@@ -205,6 +205,7 @@ def fit(c, s, name, model, steps, parts):
     is not finite.
     """
     stage = name.split("_")[0]
+    stage_number = list(STAGE_OPTIONS).index(stage)
     # The whole model: the optimizers know only the parts that they train.
     model.to(s.device)
     optimizers = make_optimizers(parts, c.weight_decay, s.device)
@@ -254,7 +255,7 @@ def fit(c, s, name, model, steps, parts):
             if c.compile:
                 batch.mark_dynamic()
             # For the noise of `gumbel`.
-            torch.manual_seed(hash((c.seed, step, micro, s.rank)))
+            torch.manual_seed(hash((c.seed, stage_number, step, micro, s.rank)))
             with s.autocast:
                 if stage == "planner":
                     label_logits = net(batch.vectors, batch.first)

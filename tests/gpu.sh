@@ -38,7 +38,7 @@ part() {
     echo "$name $code $((SECONDS - begun))" >> "$WORK/parts.txt"
 }
 
-CHECK=("$PYTHON" tests/gpu_checks.py)
+CHECK=("$PYTHON" tests/bench_gpu.py)
 part text 90 "${CHECK[@]}" text "${OPTIONS[@]}"
 part tests 120 "$PYTHON" -m pytest -q -p no:cacheprovider $TESTS
 part plans 60 "${CHECK[@]}" plans "${OPTIONS[@]}"

@@ -409,7 +409,7 @@ def test_generation_has_the_logits_of_score(plan, view):
     model = draw_model(plan, view)
     nll, _ = score(model, CORPUS)
     for t in range(N - 1):
-        assert generation_nll(model, t) == pytest.approx(nll[t], abs=1e-4)
+        assert generation_nll(model, t) == pytest.approx(nll[t], abs=1e-5)
 
 
 def test_a_label_given_by_hand_is_the_plan_of_every_sentence_written():
@@ -421,7 +421,7 @@ def test_a_label_given_by_hand_is_the_plan_of_every_sentence_written():
         j = CORPUS.sentence_of(t + 1)
         for label in range(K):
             found = generation_nll(model, t, CORPUS.sentences[j], label)
-            is_close = found == pytest.approx(nll[t], abs=1e-4)
+            is_close = found == pytest.approx(nll[t], abs=1e-5)
             assert is_close == (label == CORPUS.labels[j]), (t, label)
 
 
