@@ -16,12 +16,10 @@ import json
 import math
 import os
 import sys
-import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -33,12 +31,15 @@ from data import InputError
 from eval import (choose_autocast, choose_device, evaluate, exit_with, load_run, parse_arguments,
                   score, summary, table, versions)
 from model import END_TO_END, PLANS
-from planner import Planner, build_model, label_loss
+from planner import build_model, label_loss
 
 
-def opt(default, text, choices=None):
-    """An option: its default, its help text and, if they are few, the values it can have."""
-    return field(default=default, metadata={"help": text, "choices": choices})
+ALL_PLANS = ",".join(PLANS)
+
+
+def opt(default, text, least=1, choices=None):
+    """An option: its default, its help text, the least number or the values that it can be."""
+    return field(default=default, metadata={"help": text, "least": least, "choices": choices})
 
 
 @dataclass
@@ -46,17 +47,19 @@ class Config:
     """Every option. The command line is made from these fields."""
     # What, and where.
     data: str = opt("docstrings", "docstrings, or a path to UTF-8 text")
-    tokenizer: str = opt("bpe", "bpe: trained on the text; gpt2: downloaded", choices=("bpe", "gpt2"))
-    vocab_size: int = opt(4096, "tokens of the bpe tokenizer, 257 to 65536; gpt2 has 50257")
+    tokenizer: str = opt("bpe", "bpe: trained on the text; gpt2: downloaded",
+                         choices=("bpe", "gpt2"))
+    vocab_size: int = opt(4096, "tokens of the bpe tokenizer, 257 to 65536; gpt2 has 50257", 257)
     cache_dir: str = opt("cache", "folder for prepared texts")
     out_dir: str = opt("out", "folder of this run")
-    seed: int = opt(0, "seed of initialisation, batches, k-means and noise")
+    seed: int = opt(0, "seed of initialisation, batches, k-means and noise", 0)
     device: str = opt("auto", "auto (cuda, else mps, else cpu), cuda, mps or cpu")
     dtype: str = opt("auto", "auto: bfloat16 if this hardware is fast at it",
                      choices=("auto", "bfloat16", "float32"))
     preset: str = opt("laptop", "a set of defaults", choices=("laptop", "gpu", "tiny"))
-    compile: bool = opt(False, "torch.compile the models: a slow start, then faster steps on a GPU")
-    plans: str = opt("none,hard,soft", f"plans to train: all, or some of {','.join(PLANS)}")
+    compile: bool = opt(False, "torch.compile the models: a slow start, then faster steps on a GPU",
+                        choices=(False, True))
+    plans: str = opt("none,hard,soft", f"plans to train: all, or some of {ALL_PLANS}")
     # Sizes.
     n_layer: int = opt(4, "blocks of the GPT")
     n_head: int = opt(3, "attention heads of GPT and planner")
@@ -73,45 +76,37 @@ class Config:
     lm_steps: int = opt(1000, "steps of stage lm")
     planner_steps: int = opt(300, "steps of stage planner")
     joint_steps: int = opt(600, "steps of stage joint, for each plan")
-    muon_lr: float = opt(0.02, "peak learning rate of the blocks' matrices (Muon); 0: AdamW")
-    lm_lr: float = opt(1e-2, "peak learning rate of all else in stage lm (AdamW)")
-    planner_lr: float = opt(1e-3, "the same in stage planner")
-    joint_lr: float = opt(4e-3, "the same in stage joint, where Muon's rate falls in proportion")
-    joint_planner_lr: float = opt(2e-4, "peak learning rate of the planner in stage joint")
-    unfreeze_step: int = opt(0, "step of stage joint from which the planner is trained")
-    gumbel_tau: float = opt(1.0, "temperature of the plan gumbel")
-    weight_decay: float = opt(0.1, "of matrices, but not of label_emb")
+    muon_lr: float = opt(0.02, "peak learning rate of the blocks' matrices (Muon); 0: AdamW", 0)
+    lm_lr: float = opt(1e-2, "peak learning rate of all else in stage lm (AdamW)", 1e-9)
+    planner_lr: float = opt(1e-3, "the same in stage planner", 0)
+    joint_lr: float = opt(4e-3, "the same in stage joint, where Muon's rate falls in proportion", 0)
+    joint_planner_lr: float = opt(2e-4, "peak learning rate of the planner in stage joint", 0)
+    unfreeze_step: int = opt(0, "step of stage joint from which the planner is trained", 0)
+    gumbel_tau: float = opt(1.0, "temperature of the plan gumbel", 1e-3)
+    weight_decay: float = opt(0.1, "of matrices, but not of label_emb", 0)
     eval_every: int = opt(200, "steps between validations, and between checkpoints")
-    eval_tokens: int = opt(16384, "validation tokens for those; the table takes all")
+    eval_tokens: int = opt(16384, "validation tokens for those; the table takes all", 16)
 
-    @property
-    def plan_names(self):
-        """The plans to train, in the order given, each once."""
-        if self.plans == "all":
-            return list(PLANS)
-        return list(dict.fromkeys(self.plans.split(",")))
-
-    def check(self):
+    def __post_init__(self):
         """Check the options; raise InputError with a readable message."""
         for option in fields(self):
             value = getattr(self, option.name)
-            # Rates may be 0, counts only if that is their default.
-            least = 1 if option.type is int and option.default > 0 else 0
+            least = option.metadata["least"]
             if option.type in (int, float) and not least <= value < math.inf:
                 raise InputError(f"{option.name}={value}: must be finite and at least {least}")
-        for plan in self.plan_names:
+        if self.plans == "all":
+            self.plans = ALL_PLANS
+        for plan in self.plans.split(","):
             if plan not in PLANS:
-                raise InputError(f"plans={self.plans}: choose from {','.join(PLANS)}, or all")
-        if not 257 <= self.vocab_size <= 65536:
-            raise InputError(f"vocab_size={self.vocab_size}: must lie between 257 and 65536")
-        if self.lm_lr == 0 or self.gumbel_tau == 0:
-            raise InputError("lm_lr and gumbel_tau must be above 0")
+                raise InputError(f"plans={self.plans}: choose from {ALL_PLANS}, or all")
+        if self.vocab_size > 65536:
+            raise InputError(f"vocab_size={self.vocab_size}: must be at most 65536")
         if self.n_embd % (2 * self.n_head):
             raise InputError(f"n_embd={self.n_embd} must be a multiple of {2 * self.n_head}, twice "
                              f"n_head={self.n_head}")
         if self.preset == "gpu" and self.data == "docstrings":
-            raise InputError("preset=gpu would read the 13 MB of docstrings hundreds of times: give "
-                             "it 500 MB of text or more with --data=PATH")
+            raise InputError("preset=gpu would read the 13 MB of docstrings hundreds of times: "
+                             "give it 500 MB of text or more with --data=PATH")
 
 
 PRESETS = {
@@ -142,31 +137,33 @@ STAGE_OPTIONS = {
 def train(c):
     """All stages, one after the other, and the table of all plans on validation."""
     s = set_up(c)
-    gpt = build_model(c, "none", s.store.tokenizer.n_vocab)
+    vocab_size = s.store.tokenizer.n_vocab
+    gpt = build_model(c, "none", vocab_size)
     fit(c, s, "lm", gpt, c.lm_steps, [(gpt, c.muon_lr, c.lm_lr)])
 
-    # The other processes read what the first one made.
-    with first_process_first(s.rank, s.world):
-        if not (s.out / "labels.pt").exists():
-            make_labels(c, s, gpt)
+    if s.rank == 0 and not (s.out / "labels.pt").exists():
+        make_labels(c, s, gpt)
+    if s.world > 1:
+        # The other processes read what the first one made.
+        dist.barrier()
     run = load_run(s.out, str(s.device))
     run.labeler.label(s.train)
     run.labeler.label(s.val)
 
-    planner = build_model(c, "soft", s.store.tokenizer.n_vocab).planner
-    fit(c, s, "planner", planner, c.planner_steps, [(planner, c.muon_lr, c.planner_lr)])
+    # All plans start from the same GPT, the same label embeddings and the same planner. E = C, so a
+    # centroid can be a label embedding.
+    base = build_model(c, "soft", vocab_size)
+    base.load_state_dict(base.state_dict() | gpt.state_dict())
+    base.gpt.label_emb.data.copy_(run.labeler.centroids)
+    fit(c, s, "planner", base, c.planner_steps, [(base.planner, c.muon_lr, c.planner_lr)])
 
-    for plan in c.plan_names:
-        # All plans start from the same GPT, the same planner and the same label embeddings.
-        model = build_model(c, plan, s.store.tokenizer.n_vocab)
-        model.load_state_dict(model.state_dict() | gpt.state_dict())
+    for plan in dict.fromkeys(c.plans.split(",")):
+        model = build_model(c, plan, vocab_size)
+        # Some plans have no planner, and `none` has no label embeddings either.
+        weights = base.state_dict()
+        model.load_state_dict({name: weights[name] for name in model.state_dict()})
         # Muon's rate falls with AdamW's, or the stage would begin by unlearning.
         parts = [(model.gpt, c.muon_lr * c.joint_lr / c.lm_lr, c.joint_lr)]
-        if plan != "none":
-            # E = C, so a centroid can be a label embedding.
-            model.gpt.label_emb.data = run.labeler.centroids.clone()
-        if model.planner is not None:
-            model.planner.load_state_dict(planner.state_dict())
         if plan in END_TO_END:
             # By AdamW: the planner should change slowly, and Muon's steps do not shrink with the
             # gradient.
@@ -188,13 +185,14 @@ def make_labels(c, s, gpt):
     labeler.fit_vectors(gpt.gpt.wte.weight.detach().cpu(), s.train)
     vectors = labeler.embed(s.train)                                        # (n, E)
     device = "cuda" if s.device.type == "cuda" else "cpu"
-    centroids, _, inertia = labels.kmeans(vectors, c.n_labels, c.seed, device=device)
+    centroids, _, _ = labels.kmeans(vectors, c.n_labels, c.seed, device=device)
     labeler.centroids = centroids.cpu()                                     # (K, E)
     labeler.label(s.train)
-    print(f"labels: k-means of {len(vectors):,} sentences into {c.n_labels}, inertia {inertia:.0f}")
-    save(c, s, "labels.pt", model=labeler.state_dict(),
-         bigram=labels.label_bigram(s.train, c.n_labels),
-         descriptions=labels.describe(labeler, s.train, s.store.tokenizer))
+    save(
+        s, s.out / "labels.pt", labeler,
+        bigram=labels.label_bigram(s.train, c.n_labels),
+        descriptions=labels.describe(labeler, s.train, s.store.tokenizer),
+    )
 
 
 # --- the loop -------------------------------------------------------------------------------------
@@ -206,27 +204,25 @@ def fit(c, s, name, model, steps, parts):
     """
     stage = name.split("_")[0]
     stage_number = list(STAGE_OPTIONS).index(stage)
+    if stage == "joint" and model.planner is None:
+        # Without a planner, batches need no vectors.
+        s = replace(s, train=replace(s.train, vectors=None))
     # The whole model: the optimizers know only the parts that they train.
     model.to(s.device)
-    optimizers = make_optimizers(parts, c.weight_decay, s.device)
-    first_step = 0
     finished = s.out / f"{name}.pt"
-    partial = s.out / f"{name}.partial.pt"
     if finished.exists():
-        print(f"{name}: finished before")
         data.load_weights(model, finished)
         return
+    optimizers = make_optimizers(parts, c.weight_decay)
+    first_step = 0
+    partial = s.out / f"{name}.partial.pt"
     if partial.exists():
         saved = data.load_weights(model, partial)
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
         first_step = saved["step"]
-        print(f"{name}: goes on from step {first_step}")
-    corpus = s.train
-    if stage == "joint" and model.planner is None:
-        # Without a planner, batches need no vectors.
-        corpus = replace(corpus, vectors=None)
-    net = model
+
+    net = model.planner if stage == "planner" else model
     if c.compile:
         # All plans share one forward: without a reset, later plans hit the limit of recompilations
         # and run eagerly.
@@ -235,23 +231,20 @@ def fit(c, s, name, model, steps, parts):
     if s.world > 1:
         net = DistributedDataParallel(net)
     n_micro = c.grad_accum // s.world
-    n_units = 0                                     # tokens; in stage planner labels
-    since = time.perf_counter()
     bar = tqdm(range(first_step, steps), name, steps, initial=first_step, disable=s.rank > 0)
 
     for step in bar:
         # 1. The learning rate rises over a twentieth of the steps, then falls along a cosine.
-        share = learning_rate(step, steps)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = share * group["peak_lr"]
+                group["lr"] = group["peak_lr"] * learning_rate(step, steps)
 
         # 2. Gradients, accumulated over the micro-batches of this step.
         loss = 0.0
         for micro in range(n_micro):
             # Synchronise gradients only on the last micro-step.
             net.require_backward_grad_sync = micro == n_micro - 1
-            batch = make_batch(c, s, corpus, stage, step, micro).to(s.device)
+            batch = make_batch(c, s, stage, step, micro).to(s.device)
             if c.compile:
                 batch.mark_dynamic()
             # For the noise of `gumbel`.
@@ -266,7 +259,6 @@ def fit(c, s, name, model, steps, parts):
             # Scale the loss so that accumulated gradients average over micro-batches.
             (micro_loss / n_micro).backward()
             loss += micro_loss.detach() / n_micro
-            n_units += batch.tokens.numel() or batch.labels.numel()
         if stage == "joint" and step < c.unfreeze_step and model.planner is not None:
             # AdamW leaves parameters without a gradient alone.
             model.planner.zero_grad()
@@ -288,43 +280,49 @@ def fit(c, s, name, model, steps, parts):
             continue
         # A NaN stays a NaN, so checking every ten steps catches it.
         if not math.isfinite(grad_norm):
-            raise InputError(f"{name}: the gradient is not finite by step {done}. Lower this stage's "
-                             "learning rate, in another out_dir; the last checkpoint is intact")
+            raise InputError(f"{name}: the gradient is not finite by step {done}. Lower this "
+                             "stage's learning rate, in another out_dir; the last checkpoint is "
+                             "intact")
         if s.world > 1:
             dist.all_reduce(loss)
-        if s.rank == 0:
-            figures = {
-                "loss": loss.item() / s.world,
-                "grad_norm": grad_norm.item(),
-                "lr": share * parts[0][2],
-                "per_second": s.world * n_units / (time.perf_counter() - since),
-            }
-            bar.set_postfix_str("loss {loss:.3f}, {per_second:,.0f}/s".format(**figures))
-            if save_now:
-                figures |= validate(c, s, model)
-                if is_last:
-                    save(c, s, finished.name, model=model.state_dict())
-                else:
-                    states = [optimizer.state_dict() for optimizer in optimizers]
-                    save(c, s, partial.name, model=model.state_dict(), step=done, optimizers=states)
-            # If a step is done twice, its last line counts.
-            with open(s.out / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"stage": name, "step": done} | figures) + "\n")
-        # The speed is that of training alone.
-        n_units = 0
-        since = time.perf_counter()
-    if s.world > 1:
-        # The checkpoint is there for all processes.
-        dist.barrier()
-    partial.unlink(missing_ok=True)
+        if s.rank > 0:
+            continue
+        figures = {
+            "stage": name,
+            "step": done,
+            "loss": loss.item() / s.world,
+            "grad_norm": grad_norm.item(),
+        }
+        bar.set_postfix(loss=figures["loss"])
+        if save_now:
+            scores = score(model, s.val, s.autocast, c.eval_tokens)
+            validation = summary(*scores, s.val, n_bytes=1)
+            figures["val_nll"] = validation["nll"]
+            figures["val_label_nats"] = validation["planner_ce"]
+        # If a step is done twice, its last line counts.
+        with open(s.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(figures) + "\n")
+        if is_last:
+            save(s, finished, model)
+            partial.unlink(missing_ok=True)
+        elif save_now:
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            save(s, partial, model, step=done, optimizers=states)
 
 
-def make_batch(c, s, corpus, stage, step,
-               micro):
+def save(s, path, model, **more):
+    """Write a checkpoint, whole or not at all."""
+    checkpoint = {"options": s.options, "model": model.state_dict()} | more
+    with data.replacing(path) as working:
+        torch.save(checkpoint, working)
+
+
+def make_batch(c, s, stage, step, micro):
     """This process's micro-batch: a function of (seed, stage, step), so all plans see the same."""
     # With the view of the document, stage planner reads runs of sentences: they have more labels
     # than windows. At twice the planner's reach, half of the slots have as much before them.
     use_runs = stage == "planner" and c.planner_view == "document"
+    corpus = s.train
     length = len(corpus.tokens)
     width = c.block_size
     if use_runs:
@@ -347,23 +345,8 @@ def learning_rate(step, steps):
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-@torch.no_grad()
-def validate(c, s, model):
-    """The figures of a model, or of a planner alone, on the first eval_tokens of validation."""
-    if isinstance(model, Planner):
-        # All sentences that disjoint windows touch.
-        starts = np.arange(0, min(c.eval_tokens, len(s.val.tokens)), c.block_size)
-        batch = data.window_batch(s.val, starts, c.block_size, c.planner_reach, c.planner_view)
-        batch = batch.to(s.device)
-        label_logits = model(batch.vectors, batch.first)
-        return {"val_label_nats": label_loss(label_logits, batch.labels).item()}
-    nll, label_log_probs = score(model, s.val, s.autocast, c.eval_tokens)
-    figures = summary(nll, label_log_probs, s.val, n_bytes=1)
-    return {"val_nll": figures["nll"], "val_label_nats": figures["planner_ce"]}
-
-
 # --- the optimizers -------------------------------------------------------------------------------
-def make_optimizers(parts, weight_decay, device):
+def make_optimizers(parts, weight_decay):
     """[Muon, AdamW] for [(module, Muon's peak learning rate, AdamW's)].
 
     Muon trains the matrices of the blocks, unless its rate is 0; AdamW trains the rest. Matrices
@@ -372,28 +355,26 @@ def make_optimizers(parts, weight_decay, device):
     muon_groups = []
     adamw_groups = []
     for module, muon_lr, adamw_lr in parts:
-        matrices = []
+        in_blocks = []
         decayed = []
         undecayed = []
         for name, p in module.named_parameters():
-            in_block = "blocks." in name and p.dim() == 2 and "plan_map" not in name
-            if in_block and muon_lr > 0:
-                matrices.append(p)
-            elif p.dim() == 2 and not name.endswith("label_emb"):
-                decayed.append(p)
-            else:
+            if p.dim() < 2 or name.endswith("label_emb"):
                 undecayed.append(p)
-        muon_groups.append(dict(params=matrices, peak_lr=muon_lr))
+            elif "blocks." in name and "plan_map" not in name and muon_lr > 0:
+                in_blocks.append(p)
+            else:
+                decayed.append(p)
+        muon_groups.append(dict(params=in_blocks, peak_lr=muon_lr))
         adamw_groups.append(dict(params=decayed, peak_lr=adamw_lr))
         adamw_groups.append(dict(params=undecayed, peak_lr=adamw_lr, weight_decay=0.0))
-    muon = Muon(muon_groups, dict(weight_decay=weight_decay))
-    fused = device.type in ("cpu", "cuda")
-    adamw = torch.optim.AdamW(adamw_groups, betas=(0.9, 0.95), weight_decay=weight_decay, fused=fused)
-    return [muon, adamw]
+    defaults = dict(weight_decay=weight_decay)
+    adamw = torch.optim.AdamW(adamw_groups, betas=(0.9, 0.95), fused=True, **defaults)
+    return [Muon(muon_groups, defaults), adamw]
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with momentum whose update matrix is orthogonalised, so that every direction moves equally.
+    """SGD with momentum whose update matrix is orthogonalised: every direction moves equally.
 
     Source: Jordan et al., "Muon", 2024. torch's own multiplies in bfloat16, slow on most CPUs.
     """
@@ -414,12 +395,11 @@ class Muon(torch.optim.Optimizer):
                 updates = orthogonalize(grads.lerp(momentum, 0.95))
                 updates *= max(1, M / N) ** 0.5
                 for p, update in zip(matrices, updates):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.sub_(group["lr"] * update)
+                    p.sub_(group["lr"] * (update + group["weight_decay"] * p))
 
 
 def orthogonalize(x):
-    """Bring the singular values of each matrix in x (n, M, N) near 1, by five Newton-Schulz steps."""
+    """Bring the singular values of matrices (n, M, N) near 1, by five Newton-Schulz steps."""
     # Work on the wide form, whose products are smaller.
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:
@@ -438,6 +418,7 @@ def orthogonalize(x):
 class Setup:
     """What is set once, before the first stage. Only process 0 prints and writes."""
     out: Path
+    options: dict                           # those on which a checkpoint depends
     store: data.Store
     train: data.Corpus
     val: data.Corpus
@@ -466,84 +447,61 @@ def set_up(c):
         # Process 0 may prepare a text for hours.
         dist.init_process_group("nccl" if on_gpus else "gloo", timeout=timedelta(hours=12),
                                 device_id=device if on_gpus else None)
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")
-    with first_process_first(rank, world):
-        store = data.prepare(c.data, c.tokenizer, c.vocab_size, Path(c.cache_dir))
-    train_corpus = store.split("train")
-    n_tokens = len(train_corpus.tokens)
-    if c.n_labels > train_corpus.n_sentences:
-        raise InputError(f"n_labels={c.n_labels}: there are {train_corpus.n_sentences} sentences to "
-                         "train on: ask for fewer labels, or give more text")
-    out = Path(c.out_dir)
-    check_checkpoints(c, out, store)
-    if rank == 0:
-        data.make_folder(out)
-        options = asdict(c) | {"fingerprint": store.fingerprint, "versions": versions()}
-        data.write_json(out / "config.json", options)
-        data.save_tokenizer(out / "tokenizer.json", store.tokenizer)
-
-    autocast = choose_autocast(c.dtype, device)
-    precision = "float32" if isinstance(autocast, contextlib.nullcontext) else "bfloat16"
-    print(f"data: {c.data}, fingerprint {store.fingerprint}, {n_tokens:,} training tokens; {device}, "
-          f"{precision}")
-    n_read = max(c.lm_steps, c.joint_steps) * c.grad_accum * c.batch_size * c.block_size
-    if n_read > 20 * n_tokens:
-        print(f"note: a stage will read its training text {n_read / n_tokens:.0f} times over; more "
-              "text would serve it better (--data=PATH)")
-    return Setup(out, store, train_corpus, store.split("val"), device, autocast, rank, world)
-
-
-@contextlib.contextmanager
-def first_process_first(rank, world):
-    """Process 0 goes through the block, then the others, which find its files written."""
+    # Process 0 prepares the text; the others wait, then open it.
     if rank > 0:
         dist.barrier()
-    yield
+    store = data.prepare(c.data, c.tokenizer, c.vocab_size, Path(c.cache_dir))
     if rank == 0 and world > 1:
         dist.barrier()
 
+    out = Path(c.out_dir)
+    options = {name: getattr(c, name) for name in sum(STAGE_OPTIONS.values(), [])}
+    options["fingerprint of the text"] = store.fingerprint
+    check_checkpoints(out, options)
+    corpus = store.split("train")
+    if c.n_labels > corpus.n_sentences:
+        raise InputError(f"n_labels={c.n_labels}: there are {corpus.n_sentences} sentences to train "
+                         "on: ask for fewer labels, or give more text")
+    if rank == 0:
+        data.make_folder(out)
+        config = asdict(c) | {"fingerprint": store.fingerprint, "versions": versions()}
+        data.write_json(out / "config.json", config)
+        data.save_tokenizer(out / "tokenizer.json", store.tokenizer)
+        n_tokens = len(corpus.tokens)
+        print(f"data: {c.data}, fingerprint {store.fingerprint}, {n_tokens:,} training tokens; "
+              f"device: {device}")
+        n_read = max(c.lm_steps, c.joint_steps) * c.grad_accum * c.batch_size * c.block_size
+        if n_read > 20 * n_tokens:
+            print(f"note: a stage will read its training text {n_read / n_tokens:.0f} times over; "
+                  "more text would serve it better (--data=PATH)")
+    autocast = choose_autocast(c.dtype, device)
+    val = store.split("val")
+    return Setup(out, options, store, corpus, val, device, autocast, rank, world)
 
-def stage_options(c, store, filename):
-    """What a checkpoint depends on: the options of its stage and of those before it, and the text."""
-    name = filename.split(".")[0]
-    stage, _, plan = name.partition("_")
-    values = {"plan": plan}
-    for earlier, options in STAGE_OPTIONS.items():
-        for option in options:
-            values[option] = getattr(c, option)
-        if earlier == stage:
-            break
-    return values | {"fingerprint of the text": store.fingerprint}
 
-
-def check_checkpoints(c, out, store):
+def check_checkpoints(out, options):
     """Raise InputError if a checkpoint in out_dir was made with other options than these."""
-    for path in sorted(out.glob("*.pt")):
-        saved = data.read_checkpoint(path).get("options", {})
-        for option, value in stage_options(c, store, path.name).items():
-            if option not in saved:
-                raise InputError(f"{path} was made by another version, without the option {option}: "
-                                 "take another --out_dir")
-            if saved[option] != value:
-                raise InputError(f"{option}={value}, but {path} was made with {saved[option]}: take "
-                                 "another --out_dir, or delete the files of that stage and of later "
-                                 "ones to train them again")
-
-
-def save(c, s, filename, **checkpoint):
-    """Write a checkpoint, whole or not at all, with the options that it depends on."""
-    with data.replacing(s.out / filename) as working:
-        torch.save({"options": stage_options(c, s.store, filename), **checkpoint}, working)
+    # A checkpoint depends on the options of its stage and of those before it, and on the text.
+    checked = []
+    for stage, names in STAGE_OPTIONS.items():
+        checked += names
+        for path in out.glob(f"{stage}*.pt"):
+            saved = data.read_checkpoint(path).get("options", {})
+            for name in [*checked, "fingerprint of the text"]:
+                if name not in saved:
+                    raise InputError(f"{path} was made by another version, without the option "
+                                     f"{name}: take another --out_dir")
+                if saved[name] != options[name]:
+                    raise InputError(
+                        f"{name}={options[name]}, but {path} was made with {saved[name]}: take "
+                        "another --out_dir, or delete the files of that stage and of later ones "
+                        "to train them again")
 
 
 # --- command line ---------------------------------------------------------------------------------
 def boolean(text):
-    """true, false, 1 or 0, for argparse."""
-    values = {"true": True, "1": True, "false": False, "0": False}
-    if text.lower() not in values:
-        raise ValueError
-    return values[text.lower()]
+    """Read true or false, as JSON does, for argparse."""
+    return json.loads(text.lower())
 
 
 def parse_config(argv=None):
@@ -552,19 +510,15 @@ def parse_config(argv=None):
                                      formatter_class=argparse.RawTextHelpFormatter,
                                      argument_default=argparse.SUPPRESS)
     for option in fields(Config):
-        kind = {"type": option.type, "metavar": option.type.__name__}
-        if option.metadata["choices"]:
-            kind = {"choices": option.metadata["choices"]}
-        elif option.type is bool:
-            # --compile alone means --compile=true.
-            kind = {"type": boolean, "metavar": "bool", "nargs": "?", "const": True}
-        text = f"{option.metadata['help']} [{option.default}]"
-        parser.add_argument(f"--{option.name}", help=text, **kind)
+        parser.add_argument(
+            f"--{option.name}",
+            type=boolean if option.type is bool else option.type,
+            choices=option.metadata["choices"],
+            help=f"{option.metadata['help']} [{option.default}]",
+        )
     given = vars(parse_arguments(parser, argv))
     preset = PRESETS[given.get("preset", Config.preset)]
-    config = Config(**preset | given)
-    config.check()
-    return config
+    return Config(**preset | given)
 
 
 def main(argv=None):

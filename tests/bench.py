@@ -150,14 +150,13 @@ class Training:
             parts.append((self.model.planner, 0.0, c.joint_planner_lr))
         if name in ("yardstick", *NO_PLANNER):
             corpus = replace(corpus, vectors=None)
-        self.corpus = corpus
-        self.setup = SimpleNamespace(rank=0, world=1)
+        self.setup = SimpleNamespace(rank=0, world=1, train=corpus)
         self.model.to(self.device)
-        self.optimizers = train.make_optimizers(parts, c.weight_decay, self.device)
+        self.optimizers = train.make_optimizers(parts, c.weight_decay)
         self.net = torch.compile(self.model) if c.compile else self.model
 
     def make_batch(self, micro=0):
-        return train.make_batch(self.c, self.setup, self.corpus, "joint", self.n_done, micro)
+        return train.make_batch(self.c, self.setup, "joint", self.n_done, micro)
 
     def to_device(self, batch):
         batch = batch.to(self.device)

@@ -14,8 +14,8 @@ from data import EOT, SPLITS, Corpus, InputError
 
 # What a splitter may trip over.
 FRAGMENTS = [
-    "The cat sat on the mat. ", "No? ", 'He said "yes." ', "word\n", "\n\n", " \n\r\n", 50 * " ",
-    "a line that is wrapped at a margin, as docstrings are, goes on\n", 400 * "w", EOT,
+    "The cat sat on the mat. ", "No? ", 'He said "yes." ', "Returns\n-------\n", "\n\n", " \n\r\n",
+    "a line that is wrapped at a margin, as docstrings are, goes on\n", 50 * " ", 400 * "w", EOT,
     "！", "你好世界", "今天天气很好我们去公园玩。", "Привет. ", 99 * "é天😀",
 ]
 TEXTS = ["".join(random.Random(seed).choices(FRAGMENTS, k=60)) for seed in range(8)]
@@ -34,7 +34,7 @@ def draw_streams():
     for _ in range(8):
         # The first stream consists mostly of single bytes, the second mostly of fragments.
         yield rng.integers(TOKENIZER.n_vocab, size=300)
-        yield rng.integers(250, TOKENIZER.n_vocab, size=100)
+        yield rng.integers(250, TOKENIZER.n_vocab, size=200)
         # The third has no blanks, and most of its bytes do not form characters.
         yield rng.choice([*b"x\xc3\xe3\xf0\x80"], 900)
 

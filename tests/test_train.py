@@ -141,6 +141,13 @@ def test_a_bad_option_ends_in_one_line_and_exit_code_2(
     assert message in error_line(train.main, command, capsys)
 
 
+def test_a_text_that_is_read_more_than_20_times_is_mentioned(corpus, tmp_path, capsys):
+    for lm_steps, expected in ((6, False), (6000, True)):
+        arguments = options(corpus, tmp_path, f"--lm_steps={lm_steps}")
+        train.set_up(train.parse_config(arguments))
+        assert ("times over" in capsys.readouterr().out) == expected
+
+
 def test_a_bug_keeps_its_traceback(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "learning_rate", lambda *_: int("a bug"))
     with pytest.raises(ValueError, match="a bug"):
@@ -265,7 +272,8 @@ def test_each_tensor_has_its_optimizer_rate_and_decay(corpus, tmp_path, monkeypa
         optimizer = torch.optim.AdamW
         rate = getattr(train.Config, f"{kind}_lr")
         decay = 0.1
-        if name.startswith("planner."):
+        is_planner = name.startswith("planner.")
+        if kind == "joint" and is_planner:
             rate = train.Config.joint_planner_lr
         elif name.endswith(("qkv.weight", "proj.weight", "up.weight", "down.weight")):
             optimizer = train.Muon
@@ -275,7 +283,8 @@ def test_each_tensor_has_its_optimizer_rate_and_decay(corpus, tmp_path, monkeypa
             decay = 0.0
         # The rate of the last step.
         expected = (optimizer, pytest.approx(rate * train.learning_rate(5, 6)), decay)
-        if name.startswith("planner.") and plan not in END_TO_END:
+        rests = is_planner and kind == "joint" and plan not in END_TO_END
+        if rests or (kind == "planner" and not is_planner):
             expected = None
         assert found.get((stage, name)) == expected, (stage, name)
 
@@ -309,11 +318,27 @@ def test_stage_joint_starts_from_earlier_stages_and_the_planner_rests_until_unfr
     before = weights(out / "lm.pt")
     before["gpt.label_emb"] = weights(out / "labels.pt")["centroids"]
     for name, p in weights(out / "planner.pt").items():
-        before[f"planner.{name}"] = p
+        if name.startswith("planner."):
+            before[name] = p
     for folder, rests in ((out, True), (trained, False)):
         after = weights(folder / "joint_soft.pt")
         for name, p in before.items():
             assert torch.equal(p, after[name]) == rests, name
+
+
+def test_a_weight_of_stage_lm_without_a_place_in_stage_joint_is_an_error(
+        corpus, tmp_path, monkeypatch):
+    build_model = train.build_model
+
+    def renamed(config, plan, vocab_size):
+        model = build_model(config, plan, vocab_size)
+        if plan == "hard":
+            model.gpt.final_norm = model.gpt.ln_f
+            del model.gpt.ln_f
+        return model
+    monkeypatch.setattr(train, "build_model", renamed)
+    with pytest.raises(KeyError, match="gpt.final_norm.weight"):
+        run(corpus, tmp_path, "--plans=hard")
 
 
 @pytest.mark.parametrize("view, expected", [
@@ -331,9 +356,9 @@ def test_planner_view_holds_in_each_stage_and_validation(
 def test_a_gradient_that_is_not_finite_ends_the_run_with_its_last_checkpoint_intact(
         corpus, trained, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    # The seventh call is in step 5, because two of the earlier ones are validations.
+    # In the fifth step.
     make_infinite = lambda logits, _: logits.detach().fill_(math.inf)
-    act_before(monkeypatch, "train.label_loss", make_infinite, n=7)
+    act_before(monkeypatch, "train.label_loss", make_infinite, n=5)
     line = error_line(train.main, options(corpus, out), capsys)
     assert "planner: the gradient is not finite by step 6" in line
     assert outcome(run(corpus, out)) == outcome(trained)
@@ -344,11 +369,11 @@ def test_processes_share_the_micro_batches_of_a_step(corpus, tmp_path, monkeypat
     config = train.parse_config(arguments)
     setup = train.set_up(config)
     large = replace(config, batch_size=4 * config.batch_size, grad_accum=1)
-    together = train.make_batch(large, setup, setup.train, "lm", 0, 0).tokens.tolist()
+    together = train.make_batch(large, setup, "lm", 0, 0).tokens.tolist()
     setup.world = 2
     shared = []
     for setup.rank, micro in itertools.product(range(2), range(2)):
-        shared += train.make_batch(config, setup, setup.train, "lm", 0, micro).tokens.tolist()
+        shared += train.make_batch(config, setup, "lm", 0, micro).tokens.tolist()
     assert sorted(shared) == sorted(together)
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "must be a multiple of 3" in error_line(train.main, arguments, capsys)
@@ -457,11 +482,10 @@ def test_everything_that_a_step_needs_is_on_the_device(
     setup = replace(train.set_up(config), device=torch.device("meta"), out=tmp_path)
     evaluation.load_run(trained).labeler.label(setup.train)
     model = build_model(config, plan, 300)
-    if stage == "planner":
-        model = model.planner
+    part = model.planner if stage == "planner" else model.gpt
     monkeypatch.setattr(train.Muon, "step", stop)
     with pytest.raises(Stop), NoFloat64():
-        train.fit(config, setup, stage, model, 6, [(model, 0.02, 1e-3)])
+        train.fit(config, setup, stage, model, 6, [(part, 0.02, 1e-3)])
 
 
 def test_scores_are_on_the_cpu_before_they_become_float64(trained):
