@@ -36,7 +36,7 @@ SPLITS = ("train", "val", "test")
 
 
 class InputError(Exception):
-    """A mistake of the user. The command line prints it as one line and exits with code 2."""
+    """A user error. The command line prints it as one line and exits with code 2."""
 
 
 # --- sentences ------------------------------------------------------------------------------------
@@ -70,11 +70,11 @@ def boundaries(text):
     ends = []
     start = 0
     while True:
-        match = STOP.search(text, start + MIN_BYTES - 1, start + SOFT_BYTES)
-        if match is None:
-            match = SPACE.search(text, start + SOFT_BYTES, start + HARD_BYTES)
-        if match is None:
-            match = CHARACTER.search(text, start + HARD_BYTES - 1)
+        match = (
+            STOP.search(text, start + MIN_BYTES - 1, start + SOFT_BYTES)
+            or SPACE.search(text, start + SOFT_BYTES, start + HARD_BYTES)
+            or CHARACTER.search(text, start + HARD_BYTES - 1)
+        )
         if match is None:
             return ends
         start = match.end()
@@ -88,28 +88,20 @@ def segment(text):
     return [raw[a:b].decode() for a, b in itertools.pairwise(cuts) if a < b]
 
 
-@functools.lru_cache(maxsize=4)
-def token_sizes(tokenizer):
-    """(V,) the length of each token in bytes."""
-    tokens = tokenizer.decode_tokens_bytes(range(tokenizer.n_vocab))
-    return np.array([len(token) for token in tokens])
-
-
 def sentence_ends(tokens, tokenizer):
     """tokens (T,) -> bool (T,): whether a sentence ends with each token.
 
     It never looks ahead: sentence_ends(tokens[:n]) == sentence_ends(tokens)[:n].
     """
     tokens = np.asarray(tokens)
-    sizes = token_sizes(tokenizer)
     ends = tokens == tokenizer.eot_token
     start = 0
     for stop in [*np.flatnonzero(ends), len(tokens)]:
-        document = tokens[start:stop]
-        cuts = boundaries(tokenizer.decode_bytes(document.tolist()))
+        pieces = tokenizer.decode_tokens_bytes(tokens[start:stop].tolist())
+        cuts = boundaries(b"".join(pieces))
         # A sentence ends with the token that contains the last byte before the boundary.
-        closing = np.searchsorted(sizes[document].cumsum(), cuts)
-        ends[start + closing] = True
+        piece_ends = np.cumsum([len(piece) for piece in pieces])
+        ends[start + np.searchsorted(piece_ends, cuts)] = True
         start = stop + 1
     return ends
 
@@ -120,8 +112,8 @@ class Corpus:
     tokens: np.ndarray                      # (N,) <|endoftext|> first, then after each document
     sentences: np.ndarray                   # (n+1,) first token of each; the last one is unfinished
     documents: np.ndarray                   # (d,) first sentence of each
-    vectors: np.ndarray | None = None       # (n, E) float16, once stage labels is done
-    labels: np.ndarray | None = None        # (n,) likewise
+    vectors: np.ndarray = None              # (n, E) float16, once stage labels is done
+    labels: np.ndarray = None               # (n,) likewise
 
     @classmethod
     def from_tokens(cls, tokens, tokenizer):
@@ -165,20 +157,20 @@ class Batch:
     """
     tokens: torch.Tensor                            # (B, T)
     targets: torch.Tensor                           # (B, T) the next token; -1 past the end
-    sentence_id: torch.Tensor | None = None         # (B, T) in 0..S-1: the sentence of the target
-    vectors: torch.Tensor | None = None             # (B, P, E) float16; zeros in empty slots
-    first: torch.Tensor | None = None               # (B, P) True where the planner starts afresh
-    labels: torch.Tensor | None = None              # (B, S) -1: not touched, or unfinished
-    previous: torch.Tensor | None = None            # (B, S) of the sentence before; -1: out of view
+    sentence_id: torch.Tensor = None                # (B, T) in 0..S-1: the sentence of the target
+    vectors: torch.Tensor = None                    # (B, P, E) float16; zeros in empty slots
+    first: torch.Tensor = None                      # (B, P) True where the planner starts afresh
+    labels: torch.Tensor = None                     # (B, S) -1: not touched, or unfinished
+    previous: torch.Tensor = None                   # (B, S) of the sentence before; -1: out of view
 
     def to(self, device):
         """The same batch on a device."""
         moved = {}
         for name, x in vars(self).items():
-            if x is not None and device.type == "cuda":
-                # A copy from pinned memory doesn't wait for the GPU.
-                x = x.pin_memory()
             if x is not None:
+                if device.type == "cuda":
+                    # A copy from pinned memory doesn't wait for the GPU.
+                    x = x.pin_memory()
                 moved[name] = x.to(device, non_blocking=True)
         return Batch(**moved)
 
@@ -226,9 +218,11 @@ def window_batch(corpus, starts, block_size, reach=0, view="document"):
     last = sentence[:, -1:]                                                 # (B, 1)
     if view == "document":
         earliest = np.maximum(corpus.opening_of(touched), touched - reach)  # (B, 1)
-        _fill_slots(batch, corpus, earliest, touched, last)
     else:
-        _fill_slots(batch, corpus, touched, touched, last, starts[:, None])
+        # If the first sentence began before the window, the planner starts afresh after it.
+        whole = np.searchsorted(corpus.sentences, starts[:, None])
+        earliest = np.maximum(touched, whole)
+    _fill_slots(batch, corpus, earliest, touched, last)
     S = batch.labels.shape[1]
     batch.sentence_id = torch.from_numpy(sentence - last + S - 1)
     return batch
@@ -243,30 +237,29 @@ def sentence_batch(corpus, starts, width):
     return batch
 
 
-def _fill_slots(batch, corpus, earliest, touched, last, window_start=0):
-    """Put sentences `earliest` to `last` (B, 1) into slots; those from `touched` on have labels.
+def _fill_slots(batch, corpus, earliest, touched, last):
+    """Put sentences up to `last` (B, 1) into slots; those from `touched` (B, 1) on have labels.
 
-    A slot is marked `first` where the planner starts afresh: at the edge of the view, where a
-    document opens, after a sentence that started before token window_start, and in empty slots.
+    A slot is marked `first` where the planner starts afresh: at `earliest` (B, 1), where a document
+    opens, and in all slots before them.
     """
     # Multiples of 8 keep the number of different shapes small.
     S = round_up(int((last - touched).max()) + 1, 8)
     P = S + round_up(int((touched - earliest).max()), 8)
     index = last + np.arange(1 - P, 1)                                      # (B, P)
-    in_view = index >= earliest
-    first = ~in_view | (index == earliest) | (index == corpus.opening_of(index))
-    first |= corpus.sentences[np.maximum(index - 1, 0)] < window_start
+    first = (index <= earliest) | (index == corpus.opening_of(index))
     # Index 0 stands in where there is no finished sentence; it is masked.
+    in_view = index >= np.minimum(earliest, touched)
     finished = in_view & (index < corpus.n_sentences)
     known = np.where(finished, index, 0)
     labels = np.where(finished, corpus.labels[known], -1)                   # (B, P)
     previous = np.where(first, -1, np.roll(labels, 1, axis=1))
     # There is no label loss on sentences that are only context.
     labels = np.where(index >= touched, labels, -1)
-    batch.first = torch.from_numpy(first)
+    batch.first = torch.tensor(first)
     # Copies, because compiled code would tell views from whole arrays.
-    batch.labels = torch.from_numpy(labels[:, -S:].copy())
-    batch.previous = torch.from_numpy(previous[:, -S:].copy())
+    batch.labels = torch.tensor(labels[:, -S:])
+    batch.previous = torch.tensor(previous[:, -S:])
     if corpus.vectors is not None:
         vectors = corpus.vectors[known]
         vectors[~finished] = 0
@@ -320,40 +313,39 @@ def train_bpe(texts, vocab_size):
     counts = Counter()
     for text in texts:
         counts.update(re.findall(PATTERN, text))
-    words = [[bytes([b]) for b in word.encode()] for word in counts]
-    frequency = list(counts.values())
-
+    words = {word: [bytes([b]) for b in word.encode()] for word in counts}
     # A pair is known by its concatenation. `places` says which words may contain it.
     pairs = Counter()
     places = defaultdict(set)
-    for i, word in enumerate(words):
-        for a, b in itertools.pairwise(word):
-            pairs[a + b] += frequency[i]
-            places[a + b].add(i)
-    heap = [(-n, pair) for pair, n in pairs.items()]
-    heapq.heapify(heap)
+    changed = set()
 
+    def count(word, sign):
+        """Add the pairs of a word to `pairs`, or take them away."""
+        for a, b in itertools.pairwise(words[word]):
+            pairs[a + b] += sign * counts[word]
+            places[a + b].add(word)
+            changed.add(a + b)
+
+    for word in words:
+        count(word, 1)
     ranks = {bytes([b]): b for b in range(256)}
-    while heap and len(ranks) < vocab_size - 1:
+    heap = []
+    while len(ranks) < vocab_size - 1:
+        # Push each changed pair once per merge; once per word would be three times as slow.
+        for pair in changed:
+            heapq.heappush(heap, (-pairs[pair], pair))
+        changed.clear()
+        if not heap:
+            break
         negative_count, pair = heapq.heappop(heap)
         is_stale = -negative_count != pairs[pair]
         if is_stale or pairs[pair] < 2 or pair in ranks:
             continue
         ranks[pair] = len(ranks)
-        changed = set()
-        for i in places.pop(pair):
-            merged = _merge(words[i], pair)
-            for a, b in itertools.pairwise(words[i]):
-                pairs[a + b] -= frequency[i]
-                changed.add(a + b)
-            for a, b in itertools.pairwise(merged):
-                pairs[a + b] += frequency[i]
-                places[a + b].add(i)
-                changed.add(a + b)
-            words[i] = merged
-        # Push each changed pair once per merge; once per word would be three times as slow.
-        for pair in changed:
-            heapq.heappush(heap, (-pairs[pair], pair))
+        for word in places.pop(pair):
+            count(word, -1)
+            words[word] = _merge(words[word], pair)
+            count(word, 1)
     return ranks
 
 
@@ -414,7 +406,7 @@ def prepare(name, tokenizer, vocab_size, cache_dir):
     """Tokenize a corpus into cache_dir, or open it if that was done before.
 
     name: `docstrings` or a path; tokenizer: `bpe` or `gpt2`. Reads one document at a time. Raises
-    InputError if the text can't be read or a split stays empty.
+    InputError if the text can't be read or a split ends up empty.
     """
     # The key changes with the sources, the tokenizer and this file.
     if name == "docstrings":
@@ -430,7 +422,7 @@ def prepare(name, tokenizer, vocab_size, cache_dir):
 
     if not path.exists():
         make_folder(cache_dir)
-        # A folder of our own, so that runs that prepare the same corpus don't meet.
+        # A private folder, so that runs that prepare the same corpus at once don't collide.
         with tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=cache_dir) as folder:
             working = Path(folder) / "store"
             working.mkdir()
@@ -487,28 +479,39 @@ FOLDS = [*18 * ["train"], "val", "test"]    # 90/5/5, by a number modulo 20
 
 
 def documents(name):
-    """Yield (split, text) for each document of a corpus that is not blank.
+    """Yield (split, text) for each document of a corpus, 90/5/5.
 
-    Raises InputError if it can't be read.
+    A hash of its text decides where a document goes, so that copies share a split. Fewer than 200
+    documents could leave a split empty: then each is cut in three. Raises InputError if the corpus
+    can't be read.
     """
     if name == "docstrings":
         yield from _docstrings()
         return
-    for split, text in _split_files(corpus_files(name)):
-        if text.strip():
-            yield split, text
+    files = corpus_files(name)
+    n_documents = sum(1 for path in files for _ in read_documents(path))
+    for path in files:
+        for text in read_documents(path):
+            if n_documents >= 200:
+                yield FOLDS[_hash(text) % 20], text
+            else:
+                a = int(0.9 * len(text))
+                b = int(0.95 * len(text))
+                yield "train", text[:a]
+                yield "val", text[a:b]
+                yield "test", text[b:]
 
 
 def _hash(text):
     """64 bits of a text that are the same in each process."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+    return int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16)
 
 
 @functools.lru_cache(maxsize=1)
 def _docstrings():
     """(split, text) of each source file of the packages: its docstrings of 200 characters or more.
 
-    Sources are parsed, never imported. A docstring that an earlier file has is dropped. Cached,
+    Sources are parsed, never imported. Duplicates of earlier docstrings are dropped. Cached,
     because `prepare` reads a corpus twice.
     """
     seen = set()
@@ -557,55 +560,43 @@ def corpus_files(name):
     return sorted(files)
 
 
-def _split_files(files):
-    """Yield (split, text) of all documents, 90/5/5.
-
-    A hash of its text decides where a document goes, so that copies share a split. Fewer than 200
-    documents could leave a split empty: then each is cut in three.
-    """
-    n_documents = sum(1 for path in files for _ in read_documents(path))
-    for path in files:
-        for text in read_documents(path):
-            if n_documents >= 200:
-                yield FOLDS[_hash(text) % 20], text
-            else:
-                a = int(0.9 * len(text))
-                b = int(0.95 * len(text))
-                yield from zip(SPLITS, (text[:a], text[a:b], text[b:]))
-
-
 def read_documents(path):
-    """Yield the documents of a file.
+    """Yield the documents of a file, but no blank ones.
 
     A .jsonl file has one {"text": ...} on each line; in any other file a line `<|endoftext|>`
     separates documents. Raises InputError if it can't be read.
     """
+    read = _read_jsonl if path.suffix == ".jsonl" else _read_text
     try:
         # utf-8-sig drops a byte order mark.
         with open(path, encoding="utf-8-sig") as lines:
-            if path.suffix == ".jsonl":
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield _text_of(line, f"{path}:{number}")
-            else:
-                is_separator = lambda line: line.strip() == EOT
-                for separates, group in itertools.groupby(lines, is_separator):
-                    if not separates:
-                        yield "".join(group)
+            yield from filter(str.strip, read(lines))
     except OSError as error:
         raise InputError(f"{path} can't be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not valid UTF-8 ({error.reason}): convert it first") from None
 
 
-def _text_of(line, place):
-    """The "text" of one line of a .jsonl file. Raises InputError if it has none."""
-    try:
-        text = json.loads(line)["text"]
-        # A lone surrogate such as \ud800 is valid JSON but not text.
-        return text.encode().decode()
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise InputError(f'{place} is not a JSON object with a string "text"') from None
+def _read_text(lines):
+    """Yield the groups of lines between lines `<|endoftext|>`."""
+    for separates, group in itertools.groupby(lines, lambda line: line.strip() == EOT):
+        if not separates:
+            yield "".join(group)
+
+
+def _read_jsonl(lines):
+    """Yield the "text" of each line. Raises InputError if one has none."""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+            # A lone surrogate such as \ud800 is valid JSON but not text.
+            text.encode()
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            place = f"{lines.name}:{number}"
+            raise InputError(f'{place} is not a JSON object with a string "text"') from None
+        yield text
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -635,10 +626,8 @@ def read_json(path):
     """Read a JSON file. Raises InputError if there is none or it is not JSON."""
     try:
         return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"there is no {path}") from None
-    except ValueError:
-        raise InputError(f"{path} is not a JSON file") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} can't be read as JSON: {error}") from None
 
 
 def read_checkpoint(path):

@@ -305,7 +305,7 @@ class Run:
 
     def read_text(self, path):
         """A file's text as a labelled corpus, and its bytes. Raises InputError if it has none."""
-        texts = [text for text in data.read_documents(path) if text.strip()]
+        texts = list(data.read_documents(path))
         if not texts:
             raise InputError(f"{path} contains no text")
         corpus = Corpus.from_texts(texts, self.tokenizer)
