@@ -11,7 +11,6 @@ import math
 import platform
 import sys
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,14 +27,21 @@ from planner import build_model
 
 
 # --- perplexity -----------------------------------------------------------------------------------
+def window_starts(n_tokens, block_size):
+    """Where windows start that have each of n_tokens tokens but the first among their targets."""
+    stride = max(1, block_size // 2)
+    context = block_size - stride
+    # Every window after the first starts early enough to have a new token to score.
+    return np.arange(0, max(1, n_tokens - 1 - context), stride)
+
+
 @torch.no_grad()
 def score(
     model,
     corpus,
     autocast=contextlib.nullcontext(),
-    max_tokens = None,
-    batch_size = None,
-    desc = "",
+    max_tokens=math.inf,
+    batch_size=None,
 ):
     """Score each of the first max_tokens tokens (default: all N) but the first.
 
@@ -44,7 +50,7 @@ def score(
     Leaves the model and the random state as they were.
     """
     T = model.gpt.block_size
-    N = min(len(corpus.tokens), max_tokens or len(corpus.tokens))
+    N = min(len(corpus.tokens), max_tokens)
     device = model.gpt.wte.weight.device
     # A token that no window scores would make every figure NaN.
     nll = np.full(N - 1, np.nan)
@@ -53,37 +59,33 @@ def score(
         shape = (len(corpus.sentences), len(model.gpt.label_emb))
         label_log_probs = np.full(shape, np.nan, np.float32)                # (n+1, K)
 
-    stride = max(1, T // 2)
-    # Every window after the first starts early enough to have a new token to score.
-    starts = np.arange(0, max(1, N - 1 - (T - stride)), stride)
+    starts = window_starts(N, T)
+    # A window scores the targets that lie after those of the window before it.
+    first_new = np.append(1, starts[:-1] + T + 1)
     batch_size = batch_size or max(1, 8192 // T)
     was_training = model.training
     model.eval()
-    for i in tqdm(range(0, len(starts), batch_size), desc, leave=False, disable=not desc):
-        window = starts[i:i + batch_size]                                   # (B,)
-        batch = model.batch(corpus, window)
+    for i in range(0, len(starts), batch_size):
+        rows = slice(i, i + batch_size)
+        batch = model.batch(corpus, starts[rows])
         with autocast:
-            token_nll, label_logits = model(batch.to(device))
-        # A window scores its last `stride` targets; the first window scores all of its targets.
-        targets = window[:, None] + 1 + np.arange(T)                        # (B, T) positions
-        is_new = (np.arange(T) >= T - stride) | (window[:, None] == 0)
-        is_new &= targets < N
-        # To the CPU first: an MPS device has no float64.
-        nll[targets[is_new] - 1] = token_nll.cpu().double().numpy()[is_new]
+            token_nll, label_logits = model(batch.to(device))               # (B, T), (B, S, K)
+        targets = starts[rows, None] + 1 + np.arange(T)                     # (B, T) positions
+        is_new = (targets >= first_new[rows, None]) & (targets < N)
+        nll[targets[is_new] - 1] = token_nll.cpu().numpy()[is_new]
         if model.planner is not None:
             # A label prediction is taken from the window that scores the sentence's first token.
             sentence = corpus.sentence_of(targets)                          # (B, T)
             opens = is_new & (corpus.sentences[sentence] == targets)
-            row = np.nonzero(opens)[0]
-            slot = batch.sentence_id.numpy()[opens]
-            log_probs = label_logits.float().log_softmax(-1).cpu().numpy()  # (B, S, K)
-            label_log_probs[sentence[opens]] = log_probs[row, slot]
+            row, t = np.nonzero(opens)
+            slot = batch.sentence_id[row, t]
+            log_probs = label_logits[row, slot].float().log_softmax(-1)     # (m, K)
+            label_log_probs[sentence[opens]] = log_probs.cpu()
     model.train(was_training)
     return nll, label_log_probs
 
 
-def summary(nll, label_log_probs, corpus,
-            n_bytes):
+def summary(nll, label_log_probs, corpus, n_bytes):
     """The figures of one plan, from the results of `score` on a text of n_bytes in UTF-8."""
     mean = float(nll.mean())
     figures = {
@@ -94,12 +96,13 @@ def summary(nll, label_log_probs, corpus,
         "planner_acc": None,                                    # top-1
     }
     if label_log_probs is not None:
-        # The unfinished sentence has no label.
-        log_probs = label_log_probs[:corpus.n_sentences]
-        predicted = np.flatnonzero(~np.isnan(log_probs[:, 0]))
-        log_probs = log_probs[predicted].astype(np.float64)                 # (m, K)
+        # The last sentence is unfinished, so it has no label.
+        log_probs = label_log_probs[:-1]                                    # (n, K)
+        predicted = ~np.isnan(log_probs[:, 0])
+        log_probs = log_probs[predicted]                                    # (m, K)
         labels = corpus.labels[predicted]                                   # (m,)
-        figures["planner_ce"] = -float(log_probs[np.arange(len(labels)), labels].mean())
+        true_log_probs = log_probs[np.arange(len(labels)), labels]
+        figures["planner_ce"] = -float(true_log_probs.mean(dtype=np.float64))
         figures["planner_acc"] = float((log_probs.argmax(1) == labels).mean())
     return figures
 
@@ -107,9 +110,9 @@ def summary(nll, label_log_probs, corpus,
 def evaluate(run, corpus, n_bytes, split):
     """The content of results.json and eval.json: every finished plan on a labelled corpus."""
     plans = {}
-    for plan in run.plans():
-        nll, log_probs = score(run.model(plan), corpus, run.autocast, desc=f"evaluate {plan}")
-        plans[plan] = summary(nll, log_probs, corpus, n_bytes)
+    for plan in tqdm(run.plans(), "evaluate", leave=False):
+        nll, label_log_probs = score(run.model(plan), corpus, run.autocast)
+        plans[plan] = summary(nll, label_log_probs, corpus, n_bytes)
     # What a label costs without a planner: by its frequency, and by the label before it.
     before = label_before(corpus, run.bigram.shape[1])
     return {
@@ -135,45 +138,47 @@ def table(results):
     none = results["plans"].get("none")
     for plan, figures in results["plans"].items():
         change = f"{figures['ppl'] / none['ppl'] - 1:+.2%}" if none else ""
-        line = f"{plan:<17}{figures['ppl']:11.3f}{change:>10}{figures['bits_per_byte']:11.4f}"
+        line = "{:<17}{ppl:11.3f}{:>10}{bits_per_byte:11.4f}"
         if figures["planner_ce"] is not None:
-            line += f"{figures['planner_ce']:12.3f}{figures['planner_acc']:8.1%}"
-        lines.append(line)
-    lines.append("Without a planner, a label costs {unigram_ce:.3f} nats by its frequency and "
-                 "{bigram_ce:.3f} by the label before it.")
+            line += "{planner_ce:12.3f}{planner_acc:8.1%}"
+        lines.append(line.format(plan, change, **figures))
+    lines.append("label nats without a planner: {unigram_ce:.3f} from label frequencies, "
+                 "{bigram_ce:.3f} from the label before")
     return "\n".join(lines).format(**results)
 
 
 def print_scores(run, plan, path):
     """Print one JSON line for each token of a text."""
+    model = run.model(plan)
     corpus, _ = run.read_text(path)
-    nll, label_log_probs = score(run.model(plan), corpus, run.autocast)
-    top_label = [None] * len(corpus.sentences)
-    if label_log_probs is not None:
-        top_label = label_log_probs.argmax(1).tolist()                      # (n+1,)
-    sentences = corpus.sentence_of(np.arange(1, len(corpus.tokens))).tolist()
-    for token, token_nll, j in zip(corpus.tokens[1:].tolist(), nll.tolist(), sentences):
+    nll, label_log_probs = score(model, corpus, run.autocast)
+    for i, token in enumerate(corpus.tokens[1:].tolist()):
         # A token may be part of a character, so its bytes are printed too.
         raw = run.tokenizer.decode_single_token_bytes(token)
-        line = {"token": raw.decode("utf-8", "replace"), "hex": raw.hex(), "nll": token_nll,
-                "sentence": j, "label": top_label[j]}
+        j = int(corpus.sentence_of(i + 1))
+        line = {
+            "token": raw.decode("utf-8", "replace"),
+            "hex": raw.hex(),
+            "nll": nll[i],
+            "sentence": j,
+            "label": None,
+        }
+        if label_log_probs is not None:
+            line["label"] = int(label_log_probs[j].argmax())
         print(json.dumps(line))
 
 
 # --- generation -----------------------------------------------------------------------------------
 @torch.no_grad()
-def next_logits(run, model, tokens, n_prompt = 0,
-                label = None):
-    """The logits (V,) of the token after `tokens`, in the window in which `score` scores it.
+def next_logits(run, model, tokens, n_prompt=0, label=None):
+    """The logits (V,) of the token after `tokens`, using the same window as `score`.
 
     With a label, every sentence that goes on after the first n_prompt tokens has it as its plan.
     Recomputes sentences and labels for every new token: slow but simple, and correct because
     nothing looks ahead.
     """
     corpus = run.labeler.label(Corpus.from_tokens(np.array(tokens), run.tokenizer))
-    T = model.gpt.block_size
-    stride = max(1, T // 2)
-    start = stride * max(0, math.ceil((len(tokens) - T) / stride))
+    start = window_starts(len(tokens) + 1, model.gpt.block_size)[-1]
     batch = model.batch(corpus, np.array([start])).to(run.device)
     with run.autocast:
         plan_vectors, _ = model.plan_vectors(batch)                         # (1, S, C)
@@ -185,59 +190,66 @@ def next_logits(run, model, tokens, n_prompt = 0,
     return logits[0, len(tokens) - 1 - start].float().cpu()
 
 
-def generate(run, plan, prompt, n_tokens = 200, temperature = 0.7,
-             seed = 0, label = None):
+def generate(
+    run,
+    plan,
+    prompt,
+    n_tokens=200,
+    temperature=0.7,
+    seed=0,
+    label=None,
+):
     """Continue a prompt, up to n_tokens tokens or the end of the document.
 
     Returns for each sentence {"text", "written": whether the model wrote some of it, "planned": the
-    label planned for it, "prob": the planner's probability of that, "label": its own label}; what
-    there is none of is None. With a label, it is the plan of every sentence written. Raises
-    InputError if the plan doesn't fit.
+    label planned for it, "prob": the planner's probability of that, "label": its own label};
+    missing values are None. With a label, it is the plan of every sentence written. Raises
+    InputError if the plan and the label don't go together.
     """
-    if plan == "oracle" and label is None:
-        raise InputError("plan=oracle needs --label=K: a text yet to be written has no true labels")
-    if plan == "none" and label is not None:
-        raise InputError(f"label={label}: plan=none takes no label, choose another --plan")
-    if label is not None and not 0 <= label < run.config.n_labels:
-        raise InputError(f"label={label}: must lie between 0 and {run.config.n_labels - 1}")
+    n_labels = run.config.n_labels
+    if label is None:
+        if plan == "oracle":
+            raise InputError("plan=oracle needs --label=K: a text yet to be written has no labels")
+    elif plan == "none" or not 0 <= label < n_labels:
+        raise InputError(f"label={label}: must lie between 0 and {n_labels - 1}, and plan=none "
+                         "takes no label")
     model = run.model(plan).eval()
-    eot = run.tokenizer.eot_token
+    tokens = [run.tokenizer.eot_token, *run.tokenizer.encode_ordinary(prompt)]
+    n_prompt = len(tokens)
     # The CPU's generator gives the same draws on every device.
     generator = torch.Generator().manual_seed(seed)
-    tokens = [eot, *run.tokenizer.encode_ordinary(prompt)]
-    n_prompt = len(tokens)
     for _ in range(n_tokens):
         logits = next_logits(run, model, tokens, n_prompt, label)           # (V,)
         # At a temperature of 0 the likeliest token gets everything.
         probs = (logits / max(temperature, 1e-6)).softmax(0)
-        new = torch.multinomial(probs, 1, generator=generator).item()
-        tokens.append(new)
-        if new == eot:
+        tokens.append(torch.multinomial(probs, 1, generator=generator).item())
+        if tokens[-1] == run.tokenizer.eot_token:
             break
 
     # What was planned, from one pass over the whole: no plan depends on later tokens.
     corpus = run.labeler.label(Corpus.from_tokens(np.array(tokens), run.tokenizer))
     _, label_log_probs = score(model, corpus, run.autocast)
-    ends = [*corpus.sentences[1:].tolist(), len(tokens)]
     sentences = []
-    for j, start in enumerate(corpus.sentences.tolist()):
-        text = run.tokenizer.decode([t for t in tokens[start:ends[j]] if t != eot])
+    end = 0
+    for j, part in enumerate(np.split(corpus.tokens, corpus.sentences[1:])):
+        end += len(part)
+        text = run.tokenizer.decode(part.tolist()).removesuffix(data.EOT)
         if not text:
             continue
-        sentence = {"text": text, "written": ends[j] > n_prompt, "planned": None, "prob": None}
+        sentence = dict(text=text, written=end > n_prompt, planned=None, prob=None, label=None)
         if label is not None and sentence["written"]:
             sentence["planned"] = label
         elif label_log_probs is not None:
             sentence["planned"] = int(label_log_probs[j].argmax())
             sentence["prob"] = math.exp(label_log_probs[j].max())
-        is_finished = j < corpus.n_sentences
-        sentence["label"] = int(corpus.labels[j]) if is_finished else None
+        # The last sentence is unfinished, so it has no label.
+        if j < corpus.n_sentences:
+            sentence["label"] = int(corpus.labels[j])
         sentences.append(sentence)
     return sentences
 
 
-def follow(run, plan, prompts, labels, n_tokens = 60,
-           temperature = 0.7, seed = 0):
+def follow(run, plan, prompts, labels, n_tokens=60, seed=0):
     """Whether the GPT follows a plan given by hand: each prompt is continued under its label.
 
     Of the finished sentences written under a label, the share that has it; and, averaged over the
@@ -246,7 +258,7 @@ def follow(run, plan, prompts, labels, n_tokens = 60,
     followed = []
     expected = []
     for prompt, label in zip(prompts, labels):
-        for sentence in generate(run, plan, prompt, n_tokens, temperature, seed, label):
+        for sentence in generate(run, plan, prompt, n_tokens, seed=seed, label=label):
             if sentence["written"] and sentence["label"] is not None:
                 followed.append(sentence["label"] == label)
                 expected.append(math.exp(run.bigram[-1, label]))
@@ -254,18 +266,20 @@ def follow(run, plan, prompts, labels, n_tokens = 60,
 
 
 def print_generated(run, sentences):
-    """Print each sentence with its own label and the planned one; `>` marks what the model wrote."""
-    words = [", ".join(d["words"][:4]) for d in run.descriptions]
+    """Print each sentence and its labels; `>` marks what the model wrote."""
+    names = []
+    for label, description in enumerate(run.descriptions):
+        names.append(f"{label} ({', '.join(description['words'][:4])})")
     for sentence in sentences:
         mark = ">" if sentence["written"] else " "
-        label = sentence["label"]
-        planned = sentence["planned"]
-        notes = ["not finished" if label is None else f"label {label} ({words[label]})"]
+        note = "not finished"
+        if sentence["label"] is not None:
+            note = f"label {names[sentence['label']]}"
         if sentence["prob"] is not None:
-            notes.append(f"planned {planned} ({words[planned]}) at {sentence['prob']:.0%}")
-        elif planned is not None:
-            notes.append(f"asked for {planned} ({words[planned]})")
-        print(f"{mark} {sentence['text'].rstrip()}\n    [{'; '.join(notes)}]")
+            note += f"; planned {names[sentence['planned']]} at {sentence['prob']:.0%}"
+        elif sentence["planned"] is not None:
+            note += f"; asked for {names[sentence['planned']]}"
+        print(f"{mark} {sentence['text'].rstrip()}\n    [{note}]")
 
 
 # --- runs and machines ----------------------------------------------------------------------------
@@ -312,19 +326,27 @@ class Run:
         return self.labeler.label(corpus), sum(len(text.encode()) for text in texts)
 
 
-def load_run(out_dir, device = ""):
+def load_run(out_dir, device=""):
     """Open a run, on the device that it was trained on unless told otherwise.
 
     Raises InputError if there is none or its labels are not made yet.
     """
     config = SimpleNamespace(**data.read_json(out_dir / "config.json"))
     device = choose_device(device or config.device)
+    autocast = choose_autocast(config.dtype, device)
     tokenizer = data.load_tokenizer(out_dir / "tokenizer.json")
     labeler = Labeler(tokenizer.n_vocab, config.n_embd, config.n_labels).to(device)
     saved = data.load_weights(labeler, out_dir / "labels.pt")
-    autocast = choose_autocast(config.dtype, device)
-    return Run(out_dir, config, device, autocast, tokenizer, labeler, saved["bigram"],
-               saved["descriptions"])
+    return Run(
+        out_dir,
+        config,
+        device,
+        autocast,
+        tokenizer,
+        labeler,
+        saved["bigram"],
+        saved["descriptions"],
+    )
 
 
 def choose_device(name):
@@ -355,7 +377,7 @@ def choose_autocast(dtype, device):
         flags = torch.cpu.get_capabilities()
         is_intel = "Intel" in flags.get("cpu_name", "")
         x86_flag = "amx_bf16" if is_intel else "avx512_bf16"
-        is_fast = flags.get(x86_flag, False) or flags.get("bf16", False)
+        is_fast = flags.get(x86_flag) or flags.get("bf16")
     if dtype == "bfloat16" or (dtype == "auto" and is_fast):
         # With its cache, the chunks of GPT.loss would add up their gradients in bfloat16.
         return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
@@ -364,35 +386,31 @@ def choose_autocast(dtype, device):
 
 def versions():
     """The versions of Python and of the packages that compute a run's figures."""
-    found = {"python": platform.python_version()}
-    for name in ("torch", "numpy", "tiktoken"):
-        found[name] = metadata.version(name)
-    return found
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "tiktoken": tiktoken.__version__,
+    }
 
 
 # --- command line ---------------------------------------------------------------------------------
-def parse_arguments(parser, argv):
-    """Parse the command line. Raises InputError, where argparse would print its usage first."""
-    parser.exit_on_error = False
-    parser.allow_abbrev = False
-    try:
-        arguments, unknown = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise InputError(str(error)) from None
-    if unknown:
-        raise InputError(f"unknown option {unknown[0]}: --help lists all options")
-    return arguments
+class Parser(argparse.ArgumentParser):
+    """Raises InputError for a wrong command line, where argparse would print its usage first."""
+
+    def error(self, message):
+        raise InputError(f"{message}; --help lists all options")
 
 
 def exit_with(error):
-    """End the program after a mistake of the user: one line, exit code 2."""
+    """End the program after a user error: one line, exit code 2."""
     print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
     sys.exit(2)
 
 
 def run_command(argv):
-    parser = argparse.ArgumentParser("eval.py", description=__doc__,
-                                     formatter_class=argparse.RawTextHelpFormatter)
+    """Do what the command line asks for. Raises InputError."""
+    parser = Parser("eval.py", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--out_dir", type=Path, default=Path("out"), help="a run of train.py [out]")
     add("--split", choices=data.SPLITS, default="val", help="evaluate on this split [val]")
@@ -400,28 +418,30 @@ def run_command(argv):
     add("--score", type=Path, help="print one JSON line for each token of this file")
     add("--prompt", help="continue this text")
     add("--plan", choices=PLANS, default="soft", help="for --score and --prompt [soft]")
-    add("--label", type=int, help="for --prompt: the plan of every sentence written")
+    add("--label", type=int, help="for --prompt: use this label as the plan of what is written")
     add("--max_tokens", type=int, default=200, help="for --prompt: write at most this many [200]")
     add("--temperature", type=float, default=0.7, help="for --prompt; 0: the likeliest token [0.7]")
     add("--seed", type=int, default=0, help="for --prompt [0]")
     add("--device", default="", help="auto, cuda, mps or cpu [as in training]")
-    arguments = parse_arguments(parser, argv)
-    if arguments.max_tokens < 1 or not 0 <= arguments.temperature < math.inf:
-        raise InputError("max_tokens must be at least 1 and temperature at least 0")
+    c = parser.parse_args(argv)
+    # Written this way because a NaN compares as false.
+    if not c.temperature >= 0:
+        raise InputError(f"temperature={c.temperature}: must be at least 0")
 
-    run = load_run(arguments.out_dir, arguments.device)
-    if arguments.score:
-        print_scores(run, arguments.plan, arguments.score)
-    elif arguments.prompt is not None:
-        sentences = generate(run, arguments.plan, arguments.prompt, arguments.max_tokens,
-                             arguments.temperature, arguments.seed, arguments.label)
+    run = load_run(c.out_dir, c.device)
+    if c.score:
+        print_scores(run, c.plan, c.score)
+    elif c.prompt is not None:
+        sentences = generate(run, c.plan, c.prompt, c.max_tokens, c.temperature, c.seed, c.label)
         print_generated(run, sentences)
     else:
-        if arguments.text:
-            results = evaluate(run, *run.read_text(arguments.text), "text")
+        # If no plan is finished, this says so before a corpus is prepared.
+        run.plans()
+        if c.text:
+            results = evaluate(run, *run.read_text(c.text), "text")
         else:
-            results = evaluate(run, *run.split(arguments.split), arguments.split)
-        data.write_json(arguments.out_dir / "eval.json", results)
+            results = evaluate(run, *run.split(c.split), c.split)
+        data.write_json(c.out_dir / "eval.json", results)
         print(table(results))
 
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import data
 import labels
 from data import InputError
-from eval import (choose_autocast, choose_device, evaluate, exit_with, load_run, parse_arguments,
+from eval import (Parser, choose_autocast, choose_device, evaluate, exit_with, load_run,
                   score, summary, table, versions)
 from model import END_TO_END, PLANS
 from planner import build_model, label_loss
@@ -506,9 +506,9 @@ def boolean(text):
 
 def parse_config(argv=None):
     """The options on the command line, over those of the preset. Raises InputError."""
-    parser = argparse.ArgumentParser("train.py", description=__doc__,
-                                     formatter_class=argparse.RawTextHelpFormatter,
-                                     argument_default=argparse.SUPPRESS)
+    parser = Parser("train.py", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawTextHelpFormatter,
+                    argument_default=argparse.SUPPRESS)
     for option in fields(Config):
         parser.add_argument(
             f"--{option.name}",
@@ -516,7 +516,7 @@ def parse_config(argv=None):
             choices=option.metadata["choices"],
             help=f"{option.metadata['help']} [{option.default}]",
         )
-    given = vars(parse_arguments(parser, argv))
+    given = vars(parser.parse_args(argv))
     preset = PRESETS[given.get("preset", Config.preset)]
     return Config(**preset | given)
 

@@ -1,5 +1,4 @@
 """Write OUT_DIR/report.html, one page about a run: python assets/report.py --out_dir=out"""
-import argparse
 import codecs
 import json
 import math
@@ -14,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 import data
 from data import Corpus, InputError
-from eval import evaluate, exit_with, generate, load_run, parse_arguments, score
+from eval import Parser, evaluate, exit_with, generate, load_run, score
 
 
 def write_report(run, split):
@@ -165,13 +164,13 @@ def read_curves(path, limit=200):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("report.py", description=__doc__)
+    parser = Parser("report.py", description=__doc__)
     add = parser.add_argument
     add("--out_dir", type=Path, default=Path("out"), help="a run of train.py [out]")
     add("--split", choices=data.SPLITS, default="val", help="what to show [val]")
     add("--device", default="", help="auto, cuda, mps or cpu [as in training]")
     try:
-        arguments = parse_arguments(parser, argv)
+        arguments = parser.parse_args(argv)
         run = load_run(arguments.out_dir, arguments.device)
         path = write_report(run, arguments.split)
     except InputError as error:

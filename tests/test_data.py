@@ -14,7 +14,7 @@ from data import EOT, SPLITS, Corpus, InputError
 
 # What a splitter may trip over.
 FRAGMENTS = [
-    "The cat sat on the mat. ", "No? ", 'He said "yes." ', "Returns\n-------\n", "\n\n", " \n\r\n",
+    "The cat sat on the mat. ", 'He said "yes." ', "Returns\n-------\n", "\n\n", " \n\r\n",
     "a line that is wrapped at a margin, as docstrings are, goes on\n", 50 * " ", 400 * "w", EOT,
     "！", "你好世界", "今天天气很好我们去公园玩。", "Привет. ", 99 * "é天😀",
 ]
@@ -94,7 +94,7 @@ def naive_bpe(texts, n_merges):
 
 
 # A few different letters give many ties and overlaps.
-@pytest.mark.parametrize("letters", ["ab", "abc. \n", "aé天 ", "ab😀12_"])
+@pytest.mark.parametrize("letters", ["ab", "abc. \n", "ab😀12天_"])
 def test_bpe_equals_a_naive_one(letters):
     for seed in range(8):
         rng = random.Random(seed)
@@ -185,7 +185,7 @@ def test_copies_of_a_document_share_a_split_and_no_split_stays_empty(tmp_path):
 
 
 def test_each_of_too_few_documents_is_cut_in_three_and_nothing_is_lost(tmp_path):
-    texts = [f"{i:03}" + 997 * "天" for i in range(199)]
+    texts = [f"{i:04}" + 332 * "天 \n" for i in range(199)]
     write_corpus(tmp_path / "a.jsonl", texts[:99])
     write_corpus(tmp_path / "b.jsonl", texts[99:])
     splits, parts = zip(*data.documents(tmp_path))
@@ -198,7 +198,8 @@ def test_documents_of_a_text_file_are_read_as_they_were_written(tmp_path):
     # Reading turns every line end into "\n". EOT separates documents only if it fills a line.
     texts = [text.replace("\r", "").replace(EOT, "x" + EOT) for text in TEXTS]
     path = tmp_path / "a.txt"
-    write_corpus(path, texts)
+    # The blank document is skipped.
+    write_corpus(path, ["", *texts])
     assert list(data.read_documents(path)) == [text + "\n" for text in texts]
 
 
@@ -268,7 +269,7 @@ def draw_corpus(seed):
     Token i is i; sentence j has the label j and the vector [j + 1].
     """
     rng = np.random.default_rng(seed)
-    sentences = np.cumsum([0, *rng.integers(1, 6, size=60)])
+    sentences = np.cumsum([0, *rng.integers(1, 6, 60)])
     tokens = np.arange(sentences[-1] + 3)
     documents = np.unique([0, *rng.integers(61, size=20)])
     labels = np.arange(60)

@@ -426,7 +426,7 @@ def test_a_label_given_by_hand_is_the_plan_of_every_sentence_written():
 
 
 def test_follow_counts_the_finished_sentences_that_were_written(monkeypatch):
-    def generate(run, plan, prompt, n_tokens, temperature, seed, label):
+    def generate(run, plan, prompt, n_tokens, seed, label):
         # A prompt, two finished sentences, one unfinished.
         return [
             {"written": False, "label": label},

@@ -123,7 +123,7 @@ def outcome(out):
 
 # --- options and bad input ------------------------------------------------------------------------
 @pytest.mark.parametrize("arguments, message", [
-    ("--lm_step=5", "unknown option --lm_step=5"),
+    ("--lm_step=5", "unrecognized arguments: --lm_step=5; --help lists all options"),
     ("--lm_steps=many", "argument --lm_steps: invalid int value: 'many'"),
     ("--compile=maybe", "argument --compile"),
     ("--planner_lr=nan", "planner_lr=nan: must be finite and at least 0"),
