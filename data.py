@@ -197,13 +197,14 @@ def window_batch(corpus, starts, block_size, reach=0, view="document"):
          With view="window" it reads only sentences that lie wholly within the window.
       4. Put them into P slots, the last one into the last slot (see _fill_slots).
 
-    A window that touches sentences 7 to 9, whose document opened with sentence 4, at reach = 2:
+    A window that touches sentences 7 to 9, whose document opened with sentence 4, at reach = 2
+    (S = 8; the last 8 of P = 16 slots):
 
         slot         0   1   2   3   4   5   6   7
         sentence     -   -   -   5   6   7   8   9
         first        x   x   x   x
-        labels      -1  -1  -1  -1  -1   7   8   9      (those of sentences 7, 8 and 9)
-        sentence_id                      5   6   7      (here S = P = 8)
+        labels      -1  -1  -1  -1  -1  l7  l8  l9
+        sentence_id                      5   6   7
     """
     positions = starts[:, None] + np.arange(block_size + 1)                 # (B, T+1)
     tokens = corpus.tokens.take(positions, mode="clip").astype(np.int64)
@@ -497,9 +498,9 @@ def documents(name):
             else:
                 a = int(0.9 * len(text))
                 b = int(0.95 * len(text))
-                yield "train", text[:a]
-                yield "val", text[a:b]
-                yield "test", text[b:]
+                for split, part in zip(SPLITS, (text[:a], text[a:b], text[b:])):
+                    if part.strip():
+                        yield split, part
 
 
 def _hash(text):
@@ -602,7 +603,7 @@ def _read_jsonl(lines):
 # --- files ----------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def replacing(path):
-    """Write to a temporary file, then rename it over `path`, so that a crash leaves no half file."""
+    """Write to a temporary file, then rename it, so that a crash never leaves half a file."""
     working = path.with_name(path.name + ".tmp")
     yield working
     working.replace(path)
@@ -638,8 +639,8 @@ def read_checkpoint(path):
         raise InputError(f"there is no {path}: train that stage with train.py") from None
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(f"torch can't read {path} ({reason:.80}): if it is truncated, move it away "
-                         "and train that stage again") from None
+        raise InputError(f"torch can't read {path} ({reason:.80}): if it is truncated, move it "
+                         "away and train that stage again") from None
 
 
 def load_weights(module, path):

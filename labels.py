@@ -6,6 +6,7 @@ subtracted and the length made 1. Source: SIF, Arora, Liang and Ma, "A Simple bu
 Baseline for Sentence Embeddings", ICLR 2017, which removes a principal component instead of the
 mean. NOTE(paper): there, a pretrained sentence encoder gives the vectors.
 """
+
 import itertools
 import math
 import re
@@ -18,9 +19,12 @@ import torch.nn.functional as F
 
 from data import EOT, InputError
 
-SIF_A = 1e-3            # a; the source finds values from 1e-4 to 1e-3 equally good
-CHUNK = 4096            # sentences embedded at a time
-MOST_POINTS = 1 << 18   # k-means is fitted on at most this many sampled vectors
+# The constant a; the source found 1e-4 to 1e-3 equally good.
+SIF_A = 1e-3
+# Sentences embedded at a time.
+CHUNK = 4096
+# k-means is fitted on at most this many sampled vectors.
+MOST_POINTS = 1 << 18
 
 
 class Labeler(nn.Module):
@@ -41,10 +45,10 @@ class Labeler(nn.Module):
         """Set table and mean from token embeddings (V or more, E) and the training split."""
         V = len(self.table)
         counts = np.bincount(corpus.tokens, minlength=V)
-        p = torch.from_numpy(counts / len(corpus.tokens)).float()           # (V,)
+        p = torch.from_numpy(counts / len(corpus.tokens)).float()       # (V,)
         weights = SIF_A / (SIF_A + p)
-        self.table = token_emb[:V].float() * weights[:, None]               # (V, E)
-        self.mean = torch.cat(list(self._weighted_means(corpus))).mean(0)   # (E,)
+        self.table = token_emb[:V].float() * weights[:, None]           # (V, E)
+        self.mean = torch.cat(list(self._weighted_means(corpus))).mean(0)  # (E,)
 
     @torch.no_grad()
     def label(self, corpus):
@@ -67,28 +71,30 @@ class Labeler(nn.Module):
         """Yield weighted means of token embeddings (n, E) for some thousand sentences at a time."""
         device = self.table.device
         for i in range(0, corpus.n_sentences, CHUNK):
-            starts = corpus.sentences[i:i + CHUNK + 1]
-            tokens = corpus.tokens[starts[0]:starts[-1]].astype(np.int64)
+            starts = corpus.sentences[i : i + CHUNK + 1]
+            tokens = corpus.tokens[starts[0] : starts[-1]].astype(np.int64)
             tokens = torch.from_numpy(tokens).to(device)
             offsets = torch.from_numpy(starts[:-1] - starts[0]).to(device)
             yield F.embedding_bag(tokens, self.table, offsets, mode="mean")
 
 
 # --- k-means --------------------------------------------------------------------------------------
-def kmeans(x, k, seed = 0, max_iters = 50, tol = 1e-4, device="cpu"):
+def kmeans(x, k, seed=0, max_iters=50, tol=1e-4, device="cpu"):
     """Lloyd's algorithm on x (N, E), from k-means++ -> centroids (K, E), labels (N,), inertia.
 
     The inertia is the sum of squared distances. Stops when an iteration lowers it by less than
-    `tol` of it. An empty cluster moves to the point that is farthest from its centroid. Raises
+    a fraction `tol`. An empty cluster moves to the point that is farthest from its centroid. Raises
     InputError if there are fewer points than clusters.
     """
     if not 1 <= k <= len(x):
-        raise InputError(f"n_labels={k} must lie between 1 and {len(x)}, the number of training "
-                         "sentences: ask for fewer labels, or give more text")
+        raise InputError(
+            f"n_labels={k} must lie between 1 and {len(x)}, the number of training "
+            "sentences: ask for fewer labels, or give more text"
+        )
     generator = torch.Generator().manual_seed(seed)
     sample = torch.randperm(len(x), generator=generator)[:MOST_POINTS]
-    points = torch.as_tensor(x)[sample].to(device).float()                  # (n, E)
-    centroids = plus_plus(points[:max(1 << 14, 8 * k)], k, generator)
+    points = torch.as_tensor(x)[sample].to(device).float()              # (n, E)
+    centroids = plus_plus(points[: max(1 << 14, 8 * k)], k, generator)
     inertia = math.inf
     for _ in range(max_iters):
         last_inertia = inertia
@@ -96,7 +102,7 @@ def kmeans(x, k, seed = 0, max_iters = 50, tol = 1e-4, device="cpu"):
         inertia = distances.sum().item()
         if last_inertia - inertia <= tol * inertia:
             break
-        counts = torch.bincount(labels, minlength=k)                        # (K,)
+        counts = torch.bincount(labels, minlength=k)                    # (K,)
         sums = torch.zeros_like(centroids).index_add_(0, labels, points)
         centroids = sums / counts[:, None]
         empty = counts == 0
@@ -111,19 +117,19 @@ def nearest(x, centroids):
     """x (N, E), an array or tensor -> the nearest centroid of each row and its squared distance."""
     on_cpu = centroids.device.type == "cpu"
     # |x - c|^2 = |x|^2 - 2 x.c + |c|^2, a chunk at a time: N x K numbers are never held at once.
-    squares = centroids.square().sum(1)                                     # (K,)
+    squares = centroids.square().sum(1)                                 # (K,)
     chunk = max(256, (1 << 19 if on_cpu else 1 << 26) // len(centroids))
     labels = []
     distances = []
     for part in torch.as_tensor(x).split(chunk):
-        part = part.to(centroids.device).float()                            # (n, E)
-        scores = torch.addmm(squares, part, centroids.T, alpha=-2)          # (n, K)
+        part = part.to(centroids.device).float()                        # (n, E)
+        scores = torch.addmm(squares, part, centroids.T, alpha=-2)      # (n, K)
         if on_cpu:
             # numpy's argmin is several times as fast as torch's on a CPU.
             index = torch.from_numpy(scores.numpy().argmin(1))
         else:
             index = scores.argmin(1)
-        lowest = scores.gather(1, index[:, None])[:, 0]                     # (n,)
+        lowest = scores.gather(1, index[:, None])[:, 0]                 # (n,)
         labels.append(index)
         distances.append((part.square().sum(1) + lowest).clamp(min=0))
     return torch.cat(labels), torch.cat(distances)
@@ -135,7 +141,7 @@ def plus_plus(x, k, generator):
     Each is drawn in proportion to its squared distance from the nearest one drawn before.
     """
     chosen = torch.randint(len(x), (1,), generator=generator).tolist()
-    distances = (x - x[chosen]).square().sum(1)                             # (N,)
+    distances = (x - x[chosen]).square().sum(1)                         # (N,)
     while len(chosen) < k:
         # The small number matters only when every point has been chosen.
         weights = distances.double().cpu() + 1e-30
@@ -158,12 +164,12 @@ def label_bigram(corpus, k):
     """(K+2, K) log probabilities of a label, which a planner must beat.
 
     Row i: after label i; row K: at the start of a document; row K+1: by frequency alone. Each of
-    the first K+1 rows gets 128 pseudo-counts, spread by label frequency; no other power of two does
-    better on the default validation split.
+    the first K+1 rows gets 128 pseudo-counts, spread by label frequency: the best power of two on
+    the default validation split.
     """
     pairs = label_before(corpus, k) * k + corpus.labels
     counts = np.bincount(pairs, minlength=(k + 1) * k).reshape(k + 1, k)
-    frequency = (counts.sum(0) + 1) / (counts.sum() + k)                    # (K,)
+    frequency = (counts.sum(0) + 1) / (counts.sum() + k)                # (K,)
     bigram = (counts + 128 * frequency) / (counts.sum(1, keepdims=True) + 128)
     return torch.from_numpy(np.log(np.vstack([bigram, frequency])))
 
@@ -177,13 +183,13 @@ def describe(labeler, corpus, tokenizer):
     """
     centroids = labeler.centroids.cpu().numpy()
     sample = np.arange(0, corpus.n_sentences, 1 + corpus.n_sentences // 60_000)
-    offsets = corpus.vectors[sample] - centroids[corpus.labels[sample]]     # (n, E)
+    offsets = corpus.vectors[sample] - centroids[corpus.labels[sample]]  # (n, E)
     # The nearest to their centroid first.
     sample = sample[np.square(offsets).sum(1).argsort()]
     texts = []
     words = []
     for j in sample:
-        tokens = corpus.tokens[corpus.sentences[j]:corpus.sentences[j + 1]]
+        tokens = corpus.tokens[corpus.sentences[j] : corpus.sentences[j + 1]]
         text = tokenizer.decode(tokens.tolist()).replace(EOT, "")
         texts.append(" ".join(text.split()))
         # Words of three letters or more, but no identifiers such as fooBar or foo_bar.
@@ -201,9 +207,11 @@ def describe(labeler, corpus, tokenizer):
         top_words = sorted(excess, key=lambda word: (-excess[word], word))
         # Each text once; a sentence may be nothing but <|endoftext|>.
         nearest_texts = dict.fromkeys(texts[i] for i in members if texts[i])
-        descriptions.append({
-            "size": int(size),
-            "words": top_words[:6],
-            "sentences": list(nearest_texts)[:2],
-        })
+        descriptions.append(
+            {
+                "size": int(size),
+                "words": top_words[:6],
+                "sentences": list(nearest_texts)[:2],
+            }
+        )
     return descriptions

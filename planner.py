@@ -3,12 +3,21 @@
 NOTE(paper): the paper's planner reads the sentences with a pretrained encoder. Ours reads the
 vectors of labels.py, so that everything is trained from scratch.
 """
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from model import END_TO_END, GPT, NO_PLANNER, Block, init_weights, mix_labels, rotary_table
+from model import (
+    END_TO_END,
+    GPT,
+    NO_PLANNER,
+    Block,
+    init_weights,
+    mix_labels,
+    rotary_table,
+)
 
 
 class Planner(nn.Module):
@@ -17,17 +26,16 @@ class Planner(nn.Module):
     Slot j predicts the label of sentence j from the vectors of the sentences before it.
     """
 
-    def __init__(self, n_vector, n_labels, n_layer, n_head, n_embd,
-                 n_slots, seed = 0):
+    def __init__(self, n_vector, n_labels, n_layer, n_head, n_embd, n_slots, seed=0):
         super().__init__()
         self.inp = nn.Linear(n_vector, n_embd, bias=False)
-        # Stands in for the vector before, where there is none.
+        # Used where there is no previous sentence.
         self.start = nn.Parameter(torch.zeros(n_embd))
         self.blocks = nn.ModuleList(Block(n_embd, n_head) for _ in range(n_layer))
         self.ln_f = nn.LayerNorm(n_embd)
         self.head = nn.Linear(n_embd, n_labels, bias=False)
         rotary = rotary_table(n_slots, n_embd // n_head)
-        self.register_buffer("rotary", rotary, persistent=False)            # (2, n_slots, D)
+        self.register_buffer("rotary", rotary, persistent=False)        # (2, n_slots, D)
         init_weights(self, n_layer, seed)
 
     def forward(self, vectors, first):
@@ -38,18 +46,18 @@ class Planner(nn.Module):
         """
         B, P, E = vectors.shape
         # Vectors come in half precision; their entries are scaled to a size of about one.
-        x = self.inp(vectors.to(self.start.dtype) * E ** 0.5)               # (B, P, C)
+        x = self.inp(vectors.to(self.start.dtype) * E**0.5)             # (B, P, C)
         # Slot j reads the vector of sentence j - 1, or `start`.
         x = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
         x = torch.where(first[:, :, None], self.start.to(x.dtype), x)
         # The slots since the latest `first` share a number. Each slot sees at least itself.
-        view = first.cumsum(1)                                              # (B, P)
-        same_view = view[:, :, None] == view[:, None, :]                    # (B, P, P)
-        mask = same_view.tril()[:, None]                                    # (B, 1, P, P)
+        view = first.cumsum(1)                                          # (B, P)
+        same_view = view[:, :, None] == view[:, None, :]                # (B, P, P)
+        mask = same_view.tril()[:, None]                                # (B, 1, P, P)
         rotary = self.rotary[:, :P]
         for block in self.blocks:
             x = block(x, rotary, mask=mask)
-        return self.head(self.ln_f(x))                                      # (B, P, K)
+        return self.head(self.ln_f(x))                                  # (B, P, K)
 
 
 def label_loss(label_logits, labels):
@@ -57,8 +65,10 @@ def label_loss(label_logits, labels):
 
     A label of -1 does not count.
     """
-    label_logits = label_logits[:, -labels.shape[1]:]
-    return F.cross_entropy(label_logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-1)
+    label_logits = label_logits[:, -labels.shape[1] :]
+    return F.cross_entropy(
+        label_logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-1
+    )
 
 
 class PlannedGPT(nn.Module):
@@ -82,7 +92,9 @@ class PlannedGPT(nn.Module):
 
     def batch(self, corpus, starts):
         """The windows from `starts` (B,), with all that this model reads."""
-        return data.window_batch(corpus, starts, self.gpt.block_size, self.reach, self.view)
+        return data.window_batch(
+            corpus, starts, self.gpt.block_size, self.reach, self.view
+        )
 
     def plan_vectors(self, batch):
         """Plan vectors (B, S, C) and the planner's logits (B, S, K); None and None under `none`."""
@@ -91,12 +103,19 @@ class PlannedGPT(nn.Module):
         label_emb = self.gpt.label_emb
         B, S = batch.labels.shape
         if self.planner is None:
-            # This plan looks at no logits.
+            # These plans ignore the logits.
             label_logits = label_emb.new_zeros(B, S, len(label_emb))
         else:
             label_logits = self.planner(batch.vectors, batch.first)[:, -S:]
-        plan_vectors = mix_labels(label_logits, label_emb, self.plan, batch.labels, batch.previous,
-                                  self.tau, self.training)
+        plan_vectors = mix_labels(
+            label_logits,
+            label_emb,
+            self.plan,
+            batch.labels,
+            batch.previous,
+            self.tau,
+            self.training,
+        )
         return plan_vectors, label_logits
 
     def forward(self, batch):
@@ -108,12 +127,14 @@ class PlannedGPT(nn.Module):
 
 
 def build_model(config, plan, vocab_size):
-    """An untrained model with the sizes in train.Config, or in a saved copy of its options."""
+    """An untrained model with the sizes in train.Config or in a run's config.json."""
     c = config
     n_labels = 0 if plan == "none" else c.n_labels
     gpt = GPT(vocab_size, c.block_size, c.n_layer, c.n_head, c.n_embd, n_labels, c.seed)
     # Enough for a window with the sentences before it, and for the runs of stage planner.
     n_slots = c.block_size + 2 * c.planner_reach + 16
     # Sentence vectors are means of token embeddings, so E = C.
-    planner = Planner(c.n_embd, c.n_labels, c.planner_layer, c.n_head, c.n_embd, n_slots, c.seed)
+    planner = Planner(
+        c.n_embd, c.n_labels, c.planner_layer, c.n_head, c.n_embd, n_slots, c.seed
+    )
     return PlannedGPT(gpt, planner, plan, c.planner_reach, c.planner_view, c.gumbel_tau)

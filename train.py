@@ -77,15 +77,16 @@ class Config:
     planner_steps: int = opt(300, "steps of stage planner")
     joint_steps: int = opt(600, "steps of stage joint, for each plan")
     muon_lr: float = opt(0.02, "peak learning rate of the blocks' matrices (Muon); 0: AdamW", 0)
-    lm_lr: float = opt(1e-2, "peak learning rate of all else in stage lm (AdamW)", 1e-9)
-    planner_lr: float = opt(1e-3, "the same in stage planner", 0)
-    joint_lr: float = opt(4e-3, "the same in stage joint, where Muon's rate falls in proportion", 0)
+    lm_lr: float = opt(1e-2, "peak learning rate of everything else in stage lm (AdamW)", 1e-9)
+    planner_lr: float = opt(1e-3, "peak AdamW learning rate in stage planner", 0)
+    joint_lr: float = opt(4e-3, "peak AdamW learning rate in stage joint; Muon's is multiplied by "
+                          "joint_lr / lm_lr", 0)
     joint_planner_lr: float = opt(2e-4, "peak learning rate of the planner in stage joint", 0)
     unfreeze_step: int = opt(0, "step of stage joint from which the planner is trained", 0)
     gumbel_tau: float = opt(1.0, "temperature of the plan gumbel", 1e-3)
-    weight_decay: float = opt(0.1, "of matrices, but not of label_emb", 0)
+    weight_decay: float = opt(0.1, "weight decay of all matrices but label_emb", 0)
     eval_every: int = opt(200, "steps between validations, and between checkpoints")
-    eval_tokens: int = opt(16384, "validation tokens for those; the table takes all", 16)
+    eval_tokens: int = opt(16384, "validation tokens used during training; the table uses all", 16)
 
     def __post_init__(self):
         """Check the options; raise InputError with a readable message."""
@@ -299,7 +300,7 @@ def fit(c, s, name, model, steps, parts):
             validation = summary(*scores, s.val, n_bytes=1)
             figures["val_nll"] = validation["nll"]
             figures["val_label_nats"] = validation["planner_ce"]
-        # If a step is done twice, its last line counts.
+        # After an interruption a step can appear twice: its last line counts.
         with open(s.out / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(figures) + "\n")
         if is_last:
@@ -320,7 +321,7 @@ def save(s, path, model, **more):
 def make_batch(c, s, stage, step, micro):
     """This process's micro-batch: a function of (seed, stage, step), so all plans see the same."""
     # With the view of the document, stage planner reads runs of sentences: they have more labels
-    # than windows. At twice the planner's reach, half of the slots have as much before them.
+    # than windows. At twice the planner's reach, half of them have that many sentences before them.
     use_runs = stage == "planner" and c.planner_view == "document"
     corpus = s.train
     length = len(corpus.tokens)
@@ -416,7 +417,7 @@ def orthogonalize(x):
 # --- set-up ---------------------------------------------------------------------------------------
 @dataclass
 class Setup:
-    """What is set once, before the first stage. Only process 0 prints and writes."""
+    """What all stages share. Only process 0 prints and writes."""
     out: Path
     options: dict                           # those on which a checkpoint depends
     store: data.Store
@@ -460,8 +461,8 @@ def set_up(c):
     check_checkpoints(out, options)
     corpus = store.split("train")
     if c.n_labels > corpus.n_sentences:
-        raise InputError(f"n_labels={c.n_labels}: there are {corpus.n_sentences} sentences to train "
-                         "on: ask for fewer labels, or give more text")
+        raise InputError(f"n_labels={c.n_labels}: there are {corpus.n_sentences} sentences to "
+                         "train on: ask for fewer labels, or give more text")
     if rank == 0:
         data.make_folder(out)
         config = asdict(c) | {"fingerprint": store.fingerprint, "versions": versions()}
@@ -527,7 +528,7 @@ def main(argv=None):
     except InputError as error:
         exit_with(error)
     except KeyboardInterrupt:
-        print("train.py: interrupted; the same command continues", file=sys.stderr)
+        print("train.py: interrupted; run the same command again to continue", file=sys.stderr)
         sys.exit(130)
 
 
