@@ -383,10 +383,10 @@ def test_scoring_leaves_the_model_and_the_random_state_as_they_were(training):
 
 def test_the_planners_figures_are_those_of_its_log_probabilities():
     # No window scored the first token of sentence 0, and sentence 3 is not finished.
-    log_probs = np.log([[np.nan, np.nan], [0.9, 0.1], [0.2, 0.8], [0.3, 0.7]])
-    corpus = SimpleNamespace(n_sentences=3, labels=np.array([0, 1, 1]))
+    log_probs = np.log([[np.nan] * 3, [0.2, 0.5, 0.3], [0.1, 0.7, 0.2], [0.6, 0.3, 0.1]])
+    corpus = SimpleNamespace(n_sentences=3, labels=np.array([0, 1, 2]))
     figures = summary(np.array([1.0, 4.0]), log_probs, corpus, n_bytes=7)
-    assert figures["planner_ce"] == pytest.approx(-(np.log(0.1) + np.log(0.8)) / 2)
+    assert figures["planner_ce"] == pytest.approx(-(np.log(0.5) + np.log(0.2)) / 2)
     assert figures["planner_acc"] == 0.5
     assert figures["bits_per_byte"] == pytest.approx(5 / np.log(2) / 7)
 
