@@ -9,13 +9,15 @@ from pathlib import Path
 
 import torch
 
+# This puts the repository's root on the path, so it comes first.
+bench = importlib.import_module("bench")
+
 import data
 import train
 from eval import choose_autocast, choose_device, versions
 from model import PLANS
 from planner import build_model
 
-bench = importlib.import_module("bench")
 DRY = os.environ["DRY"] == "1"
 if DRY:
     # The usual backend takes a minute for each graph on a CPU.
