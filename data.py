@@ -627,8 +627,11 @@ def read_json(path):
     """Read a JSON file. Raises InputError if there is none or it is not JSON."""
     try:
         return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} can't be read as JSON: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror}): {path.parent} should be the "
+                         "out_dir of a run of train.py") from None
+    except ValueError:
+        raise InputError(f"{path} is not a JSON file") from None
 
 
 def read_checkpoint(path):
