@@ -142,10 +142,17 @@ class Corpus:
         """The sentence that contains each token position; any shape."""
         return np.searchsorted(self.sentences, positions, side="right") - 1
 
-    def opening_of(self, sentences):
-        """The first sentence of the document that contains each sentence; any shape."""
+    def opening_of(self, sentences, n_tokens=None):
+        """The first sentence of the document that contains each sentence; any shape.
+
+        With n_tokens, the first that lies wholly within that many tokens before the sentence.
+        """
         document = np.searchsorted(self.documents, sentences, side="right") - 1
-        return self.documents[document]
+        opening = self.documents[document]
+        if n_tokens is not None:
+            edge = self.sentences[sentences] - n_tokens
+            opening = np.maximum(opening, np.searchsorted(self.sentences, edge))
+        return opening
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -159,7 +166,7 @@ class Batch:
     targets: torch.Tensor                           # (B, T) the next token; -1 past the end
     sentence_id: torch.Tensor = None                # (B, T) in 0..S-1: the sentence of the target
     vectors: torch.Tensor = None                    # (B, P, E) float16; zeros in empty slots
-    first: torch.Tensor = None                      # (B, P) True where the planner starts afresh
+    opening: torch.Tensor = None                    # (B, P) the first slot that each may see
     labels: torch.Tensor = None                     # (B, S) -1: not touched, or unfinished
     previous: torch.Tensor = None                   # (B, S) of the sentence before; -1: out of view
 
@@ -176,7 +183,7 @@ class Batch:
 
     def mark_dynamic(self):
         """Tell torch.compile that P and S vary, so that it compiles once for all of them."""
-        for x in (self.vectors, self.first, self.labels, self.previous):
+        for x in (self.vectors, self.opening, self.labels, self.previous):
             if x is not None:
                 torch._dynamo.maybe_mark_dynamic(x, 1)
 
@@ -186,7 +193,7 @@ def round_up(n, multiple):
     return -(-n // multiple) * multiple
 
 
-def window_batch(corpus, starts, block_size, reach=0, view="document"):
+def window_batch(corpus, starts, block_size, reach=0, view_tokens=None):
     """The windows of T = block_size tokens that start at `starts` (B,), as a Batch.
 
     For each window:
@@ -194,7 +201,8 @@ def window_batch(corpus, starts, block_size, reach=0, view="document"):
       2. Find the sentence of each target. The sentences from the first to the last of them are
          touched by this window; they need a plan.
       3. The planner reads these and up to `reach` sentences before them, all of the same document.
-         With view="window" it reads only sentences that lie wholly within the window.
+         With view_tokens, it reads only those that lie within so many tokens before the sentence
+         that it plans.
       4. Put them into P slots, the last one into the last slot (see _fill_slots).
 
     A window that touches sentences 7 to 9, whose document opened with sentence 4, at reach = 2
@@ -202,7 +210,7 @@ def window_batch(corpus, starts, block_size, reach=0, view="document"):
 
         slot         0   1   2   3   4   5   6   7
         sentence     -   -   -   5   6   7   8   9
-        first        x   x   x   x
+        opening      3   3   3   3   3   3   3   3
         labels      -1  -1  -1  -1  -1  l7  l8  l9
         sentence_id                      5   6   7
     """
@@ -217,47 +225,42 @@ def window_batch(corpus, starts, block_size, reach=0, view="document"):
     sentence = corpus.sentence_of(positions[:, 1:])                         # (B, T)
     touched = sentence[:, :1]                                               # (B, 1) the first one
     last = sentence[:, -1:]                                                 # (B, 1)
-    if view == "document":
-        earliest = np.maximum(corpus.opening_of(touched), touched - reach)  # (B, 1)
-    else:
-        # If the first sentence began before the window, the planner starts afresh after it.
-        whole = np.searchsorted(corpus.sentences, starts[:, None])
-        earliest = np.maximum(touched, whole)
-    _fill_slots(batch, corpus, earliest, touched, last)
+    opening = corpus.opening_of(touched, view_tokens)
+    earliest = np.maximum(opening, touched - reach)                         # (B, 1)
+    _fill_slots(batch, corpus, earliest, touched, last, view_tokens)
     S = batch.labels.shape[1]
     batch.sentence_id = torch.from_numpy(sentence - last + S - 1)
     return batch
 
 
-def sentence_batch(corpus, starts, width):
+def sentence_batch(corpus, starts, width, view_tokens=None):
     """Runs of `width` consecutive sentences from `starts` (B,), to train the planner alone."""
     no_tokens = torch.zeros((len(starts), 0), dtype=torch.long)
     batch = Batch(no_tokens, no_tokens)
     first = starts[:, None]
-    _fill_slots(batch, corpus, first, first, first + width - 1)
+    _fill_slots(batch, corpus, first, first, first + width - 1, view_tokens)
     return batch
 
 
-def _fill_slots(batch, corpus, earliest, touched, last):
-    """Put sentences up to `last` (B, 1) into slots; those from `touched` (B, 1) on have labels.
+def _fill_slots(batch, corpus, earliest, touched, last, view_tokens):
+    """Put sentences from `earliest` to `last` into slots; those from `touched` on have labels.
 
-    A slot is marked `first` where the planner starts afresh: at `earliest` (B, 1), where a document
-    opens, and in all slots before them.
+    All three are (B, 1). A slot's `opening` is that of its sentence (see Corpus.opening_of), but
+    not before `earliest`.
     """
     # Multiples of 8 keep the number of different shapes small.
     S = round_up(int((last - touched).max()) + 1, 8)
     P = S + round_up(int((touched - earliest).max()), 8)
     index = last + np.arange(1 - P, 1)                                      # (B, P)
-    first = (index <= earliest) | (index == corpus.opening_of(index))
+    opening = np.maximum(corpus.opening_of(index.clip(0), view_tokens), earliest)
     # Index 0 stands in where there is no finished sentence; it is masked.
-    in_view = index >= np.minimum(earliest, touched)
-    finished = in_view & (index < corpus.n_sentences)
+    finished = (index >= earliest) & (index < corpus.n_sentences)
     known = np.where(finished, index, 0)
     labels = np.where(finished, corpus.labels[known], -1)                   # (B, P)
-    previous = np.where(first, -1, np.roll(labels, 1, axis=1))
+    previous = np.where(index <= opening, -1, np.roll(labels, 1, axis=1))
     # There is no label loss on sentences that are only context.
     labels = np.where(index >= touched, labels, -1)
-    batch.first = torch.tensor(first)
+    batch.opening = torch.tensor(opening - index[:, :1])
     # Copies, because compiled code would tell views from whole arrays.
     batch.labels = torch.tensor(labels[:, -S:])
     batch.previous = torch.tensor(previous[:, -S:])

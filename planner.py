@@ -38,22 +38,22 @@ class Planner(nn.Module):
         self.register_buffer("rotary", rotary, persistent=False)        # (2, n_slots, D)
         init_weights(self, n_layer, seed)
 
-    def forward(self, vectors, first):
-        """vectors (B, P, E) of length 1, first (B, P) bool -> label logits (B, P, K).
+    def forward(self, vectors, opening):
+        """vectors (B, P, E) of length 1, opening (B, P) -> label logits (B, P, K).
 
-        Slot j attends to earlier slots, back to the latest one marked `first` (a new document, or
-        the edge of what may be seen). P is at most n_slots.
+        The logits of slot j depend on the vectors i with opening[j] <= i < j. P is at most n_slots.
         """
         B, P, E = vectors.shape
         # Vectors come in half precision; their entries are scaled to a size of about one.
         x = self.inp(vectors.to(self.start.dtype) * E**0.5)             # (B, P, C)
-        # Slot j reads the vector of sentence j - 1, or `start`.
-        x = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
-        x = torch.where(first[:, :, None], self.start.to(x.dtype), x)
-        # The slots since the latest `first` share a number. Each slot sees at least itself.
-        view = first.cumsum(1)                                          # (B, P)
-        same_view = view[:, :, None] == view[:, None, :]                # (B, P, P)
-        mask = same_view.tril()[:, None]                                # (B, 1, P, P)
+        # Slot j holds the vector of sentence j - 1, or `start` if that is out of its view.
+        slots = torch.arange(P, device=x.device)
+        sees_none = (slots <= opening)[:, :, None]                      # (B, P, 1)
+        x = torch.where(sees_none, self.start.to(x.dtype), x.roll(1, dims=1))
+        # So it attends to the slots after its opening, and to itself.
+        in_view = slots > opening[:, :, None]                           # (B, P, P)
+        itself = torch.eye(P, dtype=torch.bool, device=x.device)
+        mask = (in_view.tril() | itself)[:, None]                       # (B, 1, P, P)
         rotary = self.rotary[:, :P]
         for block in self.blocks:
             x = block(x, rotary, mask=mask)
@@ -74,17 +74,17 @@ def label_loss(label_logits, labels):
 class PlannedGPT(nn.Module):
     """A GPT under one of the plans, with a planner if the plan needs one.
 
-    reach and view say which sentences the planner may read (see data.window_batch); tau is the
-    temperature of the plan `gumbel`.
+    reach and view_tokens say which sentences the planner may read (see data.window_batch); tau is
+    the temperature of the plan `gumbel`.
     """
 
-    def __init__(self, gpt, planner, plan, reach, view, tau):
+    def __init__(self, gpt, planner, plan, reach, view_tokens, tau):
         super().__init__()
         self.gpt = gpt
         self.planner = None if plan in NO_PLANNER else planner
         self.plan = plan
         self.reach = reach
-        self.view = view
+        self.view_tokens = view_tokens
         self.tau = tau
         if self.planner is not None and plan not in END_TO_END:
             # Without gradients, not even weight decay changes it.
@@ -93,7 +93,7 @@ class PlannedGPT(nn.Module):
     def batch(self, corpus, starts):
         """The windows from `starts` (B,), with all that this model reads."""
         return data.window_batch(
-            corpus, starts, self.gpt.block_size, self.reach, self.view
+            corpus, starts, self.gpt.block_size, self.reach, self.view_tokens
         )
 
     def plan_vectors(self, batch):
@@ -106,7 +106,7 @@ class PlannedGPT(nn.Module):
             # These plans ignore the logits.
             label_logits = label_emb.new_zeros(B, S, len(label_emb))
         else:
-            label_logits = self.planner(batch.vectors, batch.first)[:, -S:]
+            label_logits = self.planner(batch.vectors, batch.opening)[:, -S:]
         plan_vectors = mix_labels(
             label_logits,
             label_emb,
@@ -137,4 +137,5 @@ def build_model(config, plan, vocab_size):
     planner = Planner(
         c.n_embd, c.n_labels, c.planner_layer, c.n_head, c.n_embd, n_slots, c.seed
     )
-    return PlannedGPT(gpt, planner, plan, c.planner_reach, c.planner_view, c.gumbel_tau)
+    view_tokens = c.block_size if c.planner_view == "equal" else None
+    return PlannedGPT(gpt, planner, plan, c.planner_reach, view_tokens, c.gumbel_tau)

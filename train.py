@@ -16,6 +16,7 @@ import json
 import math
 import os
 import sys
+import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -35,6 +36,9 @@ from planner import build_model, label_loss
 
 
 ALL_PLANS = ",".join(PLANS)
+# Runs of sentences in a micro-batch of stage planner. Twice as long as the planner's reach, half of
+# their sentences have that many before them.
+RUNS = 32
 
 
 def opt(default, text, least=1, choices=None):
@@ -68,10 +72,11 @@ class Config:
     n_labels: int = opt(256, "K: labels, the clusters of k-means")
     planner_layer: int = opt(2, "blocks of the planner")
     planner_reach: int = opt(16, "sentences before the window that the planner reads")
-    planner_view: str = opt("document", "window: the planner reads only what the GPT sees",
-                            choices=("document", "window"))
+    planner_view: str = opt("document", "what the planner reads: the document; equal: the whole "
+                            "sentences in the block_size tokens before the one that it plans",
+                            choices=("document", "equal"))
     # Training.
-    batch_size: int = opt(32, "windows (stage planner: runs of sentences) in a micro-batch")
+    batch_size: int = opt(32, "windows in a micro-batch")
     grad_accum: int = opt(1, "micro-batches in a step, a multiple of the number of processes")
     lm_steps: int = opt(1000, "steps of stage lm")
     planner_steps: int = opt(300, "steps of stage planner")
@@ -97,6 +102,8 @@ class Config:
                 raise InputError(f"{option.name}={value}: must be finite and at least {least}")
         if self.plans == "all":
             self.plans = ALL_PLANS
+        # Each plan once.
+        self.plans = ",".join(dict.fromkeys(self.plans.split(",")))
         for plan in self.plans.split(","):
             if plan not in PLANS:
                 raise InputError(f"plans={self.plans}: choose from {ALL_PLANS}, or all")
@@ -105,6 +112,9 @@ class Config:
         if self.n_embd % (2 * self.n_head):
             raise InputError(f"n_embd={self.n_embd} must be a multiple of {2 * self.n_head}, twice "
                              f"n_head={self.n_head}")
+        if self.planner_view == "equal" and self.planner_layer > 1:
+            raise InputError("planner_view=equal needs planner_layer=1: each layer more would "
+                             "reach further back")
         if self.preset == "gpu" and self.data == "docstrings":
             raise InputError("preset=gpu would read the 13 MB of docstrings hundreds of times: "
                              "give it 500 MB of text or more with --data=PATH")
@@ -138,43 +148,46 @@ STAGE_OPTIONS = {
 def train(c):
     """All stages, one after the other, and the table of all plans on validation."""
     s = set_up(c)
-    vocab_size = s.store.tokenizer.n_vocab
-    gpt = build_model(c, "none", vocab_size)
-    fit(c, s, "lm", gpt, c.lm_steps, [(gpt, c.muon_lr, c.lm_lr)])
+    with s.bar:
+        vocab_size = s.store.tokenizer.n_vocab
+        gpt = build_model(c, "none", vocab_size)
+        fit(c, s, "lm", gpt, c.lm_steps, [(gpt, c.muon_lr, c.lm_lr)])
 
-    if s.rank == 0 and not (s.out / "labels.pt").exists():
         make_labels(c, s, gpt)
-    if s.world > 1:
-        # The other processes read what the first one made.
-        dist.barrier()
-    run = load_run(s.out, str(s.device))
-    run.labeler.label(s.train)
-    run.labeler.label(s.val)
+        if s.world > 1:
+            # The other processes read what the first one made.
+            dist.barrier()
+        run = load_run(s.out, str(s.device))
+        run.labeler.label(s.train)
+        run.labeler.label(s.val)
 
-    # All plans start from the same GPT, the same label embeddings and the same planner. E = C, so a
-    # centroid can be a label embedding.
-    base = build_model(c, "soft", vocab_size)
-    base.load_state_dict(base.state_dict() | gpt.state_dict())
-    base.gpt.label_emb.data.copy_(run.labeler.centroids)
-    fit(c, s, "planner", base, c.planner_steps, [(base.planner, c.muon_lr, c.planner_lr)])
+        # All plans start from the same GPT, the same label embeddings and the same planner. E = C,
+        # so a centroid can be a label embedding.
+        base = build_model(c, "soft", vocab_size)
+        base.load_state_dict(base.state_dict() | gpt.state_dict())
+        base.gpt.label_emb.data.copy_(run.labeler.centroids)
+        fit(c, s, "planner", base, c.planner_steps, [(base.planner, c.muon_lr, c.planner_lr)])
 
-    for plan in dict.fromkeys(c.plans.split(",")):
-        model = build_model(c, plan, vocab_size)
-        # Some plans have no planner, and `none` has no label embeddings either.
-        weights = base.state_dict()
-        model.load_state_dict({name: weights[name] for name in model.state_dict()})
-        # Muon's rate falls with AdamW's, or the stage would begin by unlearning.
-        parts = [(model.gpt, c.muon_lr * c.joint_lr / c.lm_lr, c.joint_lr)]
-        if plan in END_TO_END:
-            # By AdamW: the planner should change slowly, and Muon's steps do not shrink with the
-            # gradient.
-            parts.append((model.planner, 0.0, c.joint_planner_lr))
-        fit(c, s, f"joint_{plan}", model, c.joint_steps, parts)
+        for plan in c.plans.split(","):
+            model = build_model(c, plan, vocab_size)
+            # Some plans have no planner, and `none` has no label embeddings either.
+            weights = base.state_dict()
+            model.load_state_dict({name: weights[name] for name in model.state_dict()})
+            # Muon's rate falls with AdamW's, or the stage would begin by unlearning.
+            parts = [(model.gpt, c.muon_lr * c.joint_lr / c.lm_lr, c.joint_lr)]
+            if plan in END_TO_END:
+                # By AdamW: the planner should change slowly, and Muon's steps do not shrink with
+                # the gradient.
+                parts.append((model.planner, 0.0, c.joint_planner_lr))
+            fit(c, s, f"joint_{plan}", model, c.joint_steps, parts)
 
     if s.rank == 0:
+        started = time.perf_counter()
         results = evaluate(run, s.val, s.store.bytes["val"], "val")
-        data.write_json(s.out / "results.json", results)
+        s.seconds["evaluation"] = time.perf_counter() - started
+        data.write_json(s.out / "results.json", results | {"seconds": s.seconds})
         print(table(results))
+        print("seconds: " + ", ".join(f"{name} {x:.0f}" for name, x in s.seconds.items()))
     if s.world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -182,6 +195,11 @@ def train(c):
 
 def make_labels(c, s, gpt):
     """Stage labels: sentence vectors and k-means, fitted on the training split alone."""
+    finished = s.out / "labels.pt"
+    if s.rank > 0 or finished.exists():
+        return
+    started = time.perf_counter()
+    s.bar.set_description("labels")
     labeler = labels.Labeler(s.store.tokenizer.n_vocab, c.n_embd, c.n_labels)
     labeler.fit_vectors(gpt.gpt.wte.weight.detach().cpu(), s.train)
     vectors = labeler.embed(s.train)                                        # (n, E)
@@ -190,10 +208,11 @@ def make_labels(c, s, gpt):
     labeler.centroids = centroids.cpu()                                     # (K, E)
     labeler.label(s.train)
     save(
-        s, s.out / "labels.pt", labeler,
+        s, finished, labeler,
         bigram=labels.label_bigram(s.train, c.n_labels),
         descriptions=labels.describe(labeler, s.train, s.store.tokenizer),
     )
+    s.seconds["labels"] = time.perf_counter() - started
 
 
 # --- the loop -------------------------------------------------------------------------------------
@@ -212,8 +231,10 @@ def fit(c, s, name, model, steps, parts):
     model.to(s.device)
     finished = s.out / f"{name}.pt"
     if finished.exists():
+        s.bar.total -= steps
         data.load_weights(model, finished)
         return
+    started = time.perf_counter()
     optimizers = make_optimizers(parts, c.weight_decay)
     first_step = 0
     partial = s.out / f"{name}.partial.pt"
@@ -222,6 +243,7 @@ def fit(c, s, name, model, steps, parts):
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
         first_step = saved["step"]
+        s.bar.total -= first_step
 
     net = model.planner if stage == "planner" else model
     if c.compile:
@@ -232,9 +254,9 @@ def fit(c, s, name, model, steps, parts):
     if s.world > 1:
         net = DistributedDataParallel(net)
     n_micro = c.grad_accum // s.world
-    bar = tqdm(range(first_step, steps), name, steps, initial=first_step, disable=s.rank > 0)
+    s.bar.set_description(name)
 
-    for step in bar:
+    for step in range(first_step, steps):
         # 1. The learning rate rises over a twentieth of the steps, then falls along a cosine.
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -252,7 +274,7 @@ def fit(c, s, name, model, steps, parts):
             torch.manual_seed(hash((c.seed, stage_number, step, micro, s.rank)))
             with s.autocast:
                 if stage == "planner":
-                    label_logits = net(batch.vectors, batch.first)
+                    label_logits = net(batch.vectors, batch.opening)
                     micro_loss = label_loss(label_logits, batch.labels)     # nats per label
                 else:
                     nll, _ = net(batch)                                     # (B, T)
@@ -273,6 +295,7 @@ def fit(c, s, name, model, steps, parts):
             optimizer.zero_grad()
 
         # 4. Log, validate, save. Not every step: reading the loss waits for the GPU.
+        s.bar.update()
         done = step + 1
         is_last = done == steps
         save_now = is_last or done % c.eval_every == 0
@@ -294,7 +317,7 @@ def fit(c, s, name, model, steps, parts):
             "loss": loss.item() / s.world,
             "grad_norm": grad_norm.item(),
         }
-        bar.set_postfix(loss=figures["loss"])
+        s.bar.set_postfix(loss=figures["loss"])
         if save_now:
             scores = score(model, s.val, s.autocast, c.eval_tokens)
             validation = summary(*scores, s.val, n_bytes=1)
@@ -304,6 +327,7 @@ def fit(c, s, name, model, steps, parts):
         with open(s.out / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(figures) + "\n")
         if is_last:
+            s.seconds[name] = time.perf_counter() - started
             save(s, finished, model)
             partial.unlink(missing_ok=True)
         elif save_now:
@@ -320,21 +344,18 @@ def save(s, path, model, **more):
 
 def make_batch(c, s, stage, step, micro):
     """This process's micro-batch: a function of (seed, stage, step), so all plans see the same."""
-    # With the view of the document, stage planner reads runs of sentences: they have more labels
-    # than windows. At twice the planner's reach, half of them have that many sentences before them.
-    use_runs = stage == "planner" and c.planner_view == "document"
-    corpus = s.train
-    length = len(corpus.tokens)
-    width = c.block_size
-    if use_runs:
-        length = corpus.n_sentences
-        width = min(2 * c.planner_reach, length // 2)
+    rows, width, length = c.batch_size, c.block_size, len(s.train.tokens)
+    if stage == "planner":
+        # Runs of sentences have more labels than windows, whatever their size.
+        length = s.train.n_sentences
+        rows, width = RUNS, min(2 * c.planner_reach, length // 2)
     seed = (c.seed, list(STAGE_OPTIONS).index(stage))
-    starts = data.batch_starts(length, width, c.batch_size * c.grad_accum, seed, step)
-    starts = starts.reshape(-1, s.world, c.batch_size)[micro, s.rank]       # (B,)
-    if use_runs:
-        return data.sentence_batch(corpus, starts, width)
-    return data.window_batch(corpus, starts, width, c.planner_reach, c.planner_view)
+    starts = data.batch_starts(length, width, rows * c.grad_accum, seed, step)
+    starts = starts.reshape(-1, s.world, rows)[micro, s.rank]               # (B,)
+    view_tokens = c.block_size if c.planner_view == "equal" else None
+    if stage == "planner":
+        return data.sentence_batch(s.train, starts, width, view_tokens)
+    return data.window_batch(s.train, starts, width, c.planner_reach, view_tokens)
 
 
 def learning_rate(step, steps):
@@ -427,6 +448,8 @@ class Setup:
     autocast: contextlib.AbstractContextManager
     rank: int                               # number of this process
     world: int                              # number of processes
+    bar: tqdm                               # progress through the steps of all stages
+    seconds: dict[str, float]               # of each stage that this process has trained
 
 
 def set_up(c):
@@ -434,6 +457,7 @@ def set_up(c):
 
     Raises InputError if the options don't fit the text, the machine or the run in out_dir.
     """
+    started = time.perf_counter()
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     if c.grad_accum % world:
@@ -471,13 +495,18 @@ def set_up(c):
         n_tokens = len(corpus.tokens)
         print(f"data: {c.data}, fingerprint {store.fingerprint}, {n_tokens:,} training tokens; "
               f"device: {device}")
+        print(f"steps: {c.lm_steps} in stage lm, {c.planner_steps} in stage planner, and "
+              f"{c.joint_steps} in stage joint for each of {c.plans}")
         n_read = max(c.lm_steps, c.joint_steps) * c.grad_accum * c.batch_size * c.block_size
         if n_read > 20 * n_tokens:
             print(f"note: a stage will read its training text {n_read / n_tokens:.0f} times over; "
                   "more text would serve it better (--data=PATH)")
     autocast = choose_autocast(c.dtype, device)
+    n_steps = c.lm_steps + c.planner_steps + c.joint_steps * len(c.plans.split(","))
+    bar = tqdm(total=n_steps, unit="step", disable=rank > 0)
     val = store.split("val")
-    return Setup(out, options, store, corpus, val, device, autocast, rank, world)
+    seconds = {"preparation": time.perf_counter() - started}
+    return Setup(out, options, store, corpus, val, device, autocast, rank, world, bar, seconds)
 
 
 def check_checkpoints(out, options):

@@ -276,12 +276,21 @@ def draw_corpus(seed):
     return Corpus(tokens, sentences, documents, labels[:, None] + 1, labels)
 
 
-def assert_slots(batch, row, corpus, earliest, touched, last, window_start=0):
+def first_in_view(corpus, j, view_tokens):
+    """The first sentence before j that the planner may read for it; j where there is none."""
+    opening = max(i for i in corpus.documents if i <= j)
+    if view_tokens is None:
+        return opening
+    edge = corpus.sentences[j] - view_tokens
+    return next(i for i in range(opening, j + 1) if i == j or corpus.sentences[i] >= edge)
+
+
+def assert_slots(batch, row, corpus, earliest, touched, last, view_tokens):
     """Compare one row of a batch with what going through its sentences one by one gives."""
     P = batch.vectors.shape[1]
     S = batch.labels.shape[1]
     vectors = [[0]] * P
-    first = [True] * P
+    openings = [P + earliest - last - 1] * P
     labels = [-1] * P
     previous = [-1] * P
     for j in range(earliest, last + 1):
@@ -291,23 +300,25 @@ def assert_slots(batch, row, corpus, earliest, touched, last, window_start=0):
             vectors[slot] = [j + 1]
             if j >= touched:
                 labels[slot] = j
-        follows_unseen = j == earliest or corpus.sentences[j - 1] < window_start
-        if j not in corpus.documents and not follows_unseen:
-            first[slot] = False
+        opening = max(earliest, first_in_view(corpus, j, view_tokens))
+        openings[slot] = P + opening - last - 1
+        if opening < j:
             previous[slot] = j - 1
     assert batch.vectors[row].tolist() == vectors
-    assert batch.first[row].tolist() == first
+    # A slot without a sentence may see nothing.
+    assert batch.opening[row, earliest - last - 1:].tolist() == openings[earliest - last - 1:]
+    assert all(batch.opening[row, :P + earliest - last - 1] >= P + earliest - last - 1)
     assert batch.labels[row].tolist() == labels[-S:]
     assert batch.previous[row].tolist() == previous[-S:]
 
 
-@pytest.mark.parametrize("view", ["document", "window"])
+@pytest.mark.parametrize("view_tokens", [None, 1, 9])
 @pytest.mark.parametrize("T, reach", [(1, 0), (40, 5)])
-def test_a_window_holds_what_going_through_its_sentences_one_by_one_finds(view, T, reach):
+def test_a_window_holds_what_going_through_its_sentences_one_by_one_finds(view_tokens, T, reach):
     corpus = draw_corpus(T)
     N = len(corpus.tokens)
     # Some windows reach beyond the end of the text.
-    batch = data.window_batch(corpus, np.arange(N), T, reach, view)
+    batch = data.window_batch(corpus, np.arange(N), T, reach, view_tokens)
     S = batch.labels.shape[1]
     for start in range(N):
         positions = range(start + 1, start + T + 1)
@@ -317,16 +328,13 @@ def test_a_window_holds_what_going_through_its_sentences_one_by_one_finds(view, 
         touched = sentences[0]
         last = sentences[-1]
         assert batch.sentence_id[start].tolist() == [S + j - last - 1 for j in sentences]
-        if view == "document":
-            opening = max(j for j in corpus.documents if j <= touched)
-            earliest = max(opening, touched - reach)
-            assert_slots(batch, start, corpus, earliest, touched, last)
-        else:
-            assert_slots(batch, start, corpus, touched, touched, last, start)
+        earliest = max(first_in_view(corpus, touched, view_tokens), touched - reach)
+        assert_slots(batch, start, corpus, earliest, touched, last, view_tokens)
 
 
-def test_a_run_of_sentences_starts_afresh_with_each_document():
+@pytest.mark.parametrize("view_tokens", [None, 9])
+def test_a_run_of_sentences_starts_afresh_with_each_document(view_tokens):
     corpus = draw_corpus(0)
-    batch = data.sentence_batch(corpus, np.arange(49), 12)
+    batch = data.sentence_batch(corpus, np.arange(49), 12, view_tokens)
     for start in range(49):
-        assert_slots(batch, start, corpus, start, start, start + 11)
+        assert_slots(batch, start, corpus, start, start, start + 11, view_tokens)

@@ -38,7 +38,7 @@ MIXTURES = {
     "oracle": lambda p, label, before: ONE_HOT[label],
 }
 every_plan = pytest.mark.parametrize("plan", PLANS)
-both_views = pytest.mark.parametrize("view", ["document", "window"])
+both_views = pytest.mark.parametrize("view", ["document", "equal"])
 # The oracle is told the future.
 causal_plans = pytest.mark.parametrize("plan", [plan for plan in PLANS if plan != "oracle"])
 
@@ -73,8 +73,9 @@ CORPUS = read(TOKENS)
 
 def draw_model(plan, view="document", maps=True, **options):
     """Weights from N(0, 0.2^2), plan maps only if `maps`; the same weights for each plan."""
-    sizes = dict(block_size=T, n_layer=2, n_head=2, n_embd=C, n_labels=K, planner_layer=2,
-                 planner_reach=REACH, planner_view=view)
+    planner_layer = 1 if view == "equal" else 2
+    sizes = dict(block_size=T, n_layer=2, n_head=2, n_embd=C, n_labels=K, planner_reach=REACH,
+                 planner_layer=planner_layer, planner_view=view)
     model = build_model(train.Config(**sizes | options), plan, V).double().eval()
     for name, p in model.named_parameters():
         if maps or "plan_map" not in name:
@@ -283,8 +284,8 @@ def test_attention_depends_on_distances_alone_and_so_on_order(monkeypatch):
     vectors = draw(1, 604, C)
 
     def logits(vectors, n_empty=0):
-        first = torch.arange(n_empty + 4)[None] <= n_empty
-        return planner(vectors[:, -n_empty - 4:], first)[:, n_empty:]
+        opening = torch.full((1, n_empty + 4), n_empty)
+        return planner(vectors[:, -n_empty - 4:], opening)[:, n_empty:]
 
     for n_empty in (1, 7, 600):
         torch.testing.assert_close(logits(vectors, n_empty), logits(vectors))
@@ -299,17 +300,20 @@ def test_attention_depends_on_distances_alone_and_so_on_order(monkeypatch):
 
 
 # --- scoring --------------------------------------------------------------------------------------
-def naive_plan(model, start, touched, j):
-    """The plan (C,) of sentence j in the window from `start`, and the label probabilities (K,)."""
+def naive_plan(model, touched, j):
+    """The plan (C,) of sentence j in a window that touches sentences from `touched` on, and the
+    label probabilities (K,).
+    """
     opening = max(CORPUS.documents[CORPUS.documents <= j].max(), touched - REACH)
-    if model.view == "window":
-        # The first sentence that lies wholly within the window.
-        opening = max(opening, np.searchsorted(CORPUS.sentences, start))
+    if model.view_tokens is not None:
+        # The first sentence that lies wholly within that many tokens before sentence j.
+        edge = CORPUS.sentences[j] - model.view_tokens
+        opening = max(opening, np.searchsorted(CORPUS.sentences, edge))
     p = torch.zeros(K)
     if model.planner is not None:
         vectors = torch.from_numpy(np.append(CORPUS.vectors[opening:j], np.zeros((1, C)), axis=0))
-        first = torch.arange(len(vectors))[None] == 0
-        p = model.planner(vectors[None], first)[0, -1].softmax(0)
+        opening_slot = torch.zeros(1, len(vectors), dtype=torch.long)
+        p = model.planner(vectors[None], opening_slot)[0, -1].softmax(0)
     # The unfinished sentence has no label.
     labels = np.append(CORPUS.labels, -1)
     before = labels[j - 1] if j > opening else -1
@@ -333,7 +337,7 @@ def naive_score(model):
         if model.plan != "none":
             plans = []
             for j in range(touched, sentences[-1] + 1):
-                plan, p = naive_plan(model, start, touched, j)
+                plan, p = naive_plan(model, touched, j)
                 plans.append(plan)
             plan_vectors = torch.stack(plans)[None]                         # (1, S, C)
             if CORPUS.sentences[j] == t + 1:
@@ -344,7 +348,7 @@ def naive_score(model):
     return np.array(nll), label_log_probs
 
 
-@pytest.mark.parametrize("view, block_size", [("document", T), ("window", T), ("document", 11)])
+@pytest.mark.parametrize("view, block_size", [("document", T), ("equal", T), ("document", 11)])
 @every_plan
 def test_score_is_what_the_naive_way_finds(plan, view, block_size, device):
     model = draw_model(plan, view, block_size=block_size)
@@ -355,10 +359,14 @@ def test_score_is_what_the_naive_way_finds(plan, view, block_size, device):
         assert label_log_probs == pytest.approx(naive_log_probs, abs=1e-5, nan_ok=True)
 
 
-def test_the_two_views_score_differently():
-    nll, _ = score(draw_model("soft", "document"), CORPUS)
-    other, _ = score(draw_model("soft", "window"), CORPUS)
-    assert abs(nll - other).max() > 1e-3
+def test_a_planner_that_sees_one_sentence_more_scores_differently(monkeypatch):
+    model = draw_model("soft", "equal")
+    naive_nll, _ = naive_score(model)
+    opening_of = data.Corpus.opening_of
+    monkeypatch.setattr(
+        "data.Corpus.opening_of", lambda *values: np.maximum(opening_of(*values) - 1, 0))
+    nll, _ = score(model, CORPUS)
+    assert abs(nll - naive_nll).max() > 1e-3
 
 
 @causal_plans

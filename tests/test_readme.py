@@ -33,7 +33,7 @@ def vectors_read(batch, window, slot):
     n_slots = batch.vectors.shape[1]
     planner = Planner(batch.vectors.shape[-1], 3, 1, 1, 8, n_slots).double()
     vectors = batch.vectors.double().clone().requires_grad_()
-    planner(vectors, batch.first)[window, slot - batch.labels.shape[1]].square().sum().backward()
+    planner(vectors, batch.opening)[window, slot - batch.labels.shape[1]].square().sum().backward()
     moving = vectors[window][vectors.grad[window].abs().sum(1) > 0]
     return ", ".join(f"v{i}" for i in moving.argmax(1).tolist()) or "nothing yet"
 

@@ -118,7 +118,9 @@ def curves(out):
 
 def outcome(out):
     """Everything in which two equal runs agree bit for bit."""
-    return curves(out), contents([*out.glob("*.pt"), out / "results.json"])
+    results = read_json(out / "results.json")
+    del results["seconds"]
+    return curves(out), contents(out.glob("*.pt")), results
 
 
 # --- options and bad input ------------------------------------------------------------------------
@@ -185,7 +187,7 @@ def test_a_run_continues_only_with_its_own_options_and_text(corpus, trained, cap
     free = "data cache_dir out_dir device preset compile plans eval_every eval_tokens"
     needed = sum(train.STAGE_OPTIONS.values(), [])
     assert sorted(needed + free.split()) == sorted(option.name for option in fields(train.Config))
-    words = {"dtype": "bfloat16", "planner_view": "window"}
+    words = {"dtype": "bfloat16", "planner_view": "equal"}
     saved = read_json(trained / "config.json")
     # The tokenizer gpt2 would have to be downloaded.
     needed.remove("tokenizer")
@@ -341,16 +343,24 @@ def test_a_weight_of_stage_lm_without_a_place_in_stage_joint_is_an_error(
         run(corpus, tmp_path, "--plans=hard")
 
 
-@pytest.mark.parametrize("view, expected", [
-    ("document", {"document", "run of sentences"}), ("window", {"window"})])
+@pytest.mark.parametrize("view, view_tokens", [("document", None), ("equal", 16)])
 def test_planner_view_holds_in_each_stage_and_validation(
-        view, expected, corpus, tmp_path, monkeypatch):
-    """No window contains a whole run of sentences, so the view of the window has none."""
-    found = set()
-    act_before(monkeypatch, "data.window_batch", lambda *values: found.add(values[4]))
-    act_before(monkeypatch, "data.sentence_batch", lambda *_: found.add("run of sentences"))
+        view, view_tokens, corpus, tmp_path, monkeypatch):
+    found = []
+    act_before(monkeypatch, "data._fill_slots", lambda *values: found.append(values[5]))
     run(corpus, tmp_path / "out", "--plans=soft", f"--planner_view={view}")
-    assert found == expected
+    assert len(found) > 12 and set(found) == {view_tokens}
+
+
+def test_stage_planner_has_as_many_labels_a_step_whatever_the_windows_are(corpus, tmp_path):
+    n_labels = set()
+    for sizes in ((), ("--block_size=16",), ("--batch_size=2", "--planner_view=equal")):
+        c = train.parse_config(options(corpus, tmp_path, *sizes))
+        setup = train.set_up(c)
+        setup.train.vectors = np.zeros((setup.train.n_sentences, 4), np.float16)
+        setup.train.labels = np.zeros(setup.train.n_sentences, int)
+        n_labels.add(int((train.make_batch(c, setup, "planner", 0, 0).labels >= 0).sum()))
+    assert n_labels == {2 * c.planner_reach * train.RUNS}
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_with_its_last_checkpoint_intact(
@@ -394,7 +404,8 @@ def test_on_gpus_the_device_is_set_before_anything_touches_it(corpus, tmp_path, 
     assert calls == [3, "auto", "nccl"]
 
 
-def test_two_processes_with_two_micro_batches_train_as_one_does_with_one(corpus, trained, tmp_path):
+def test_two_processes_with_two_micro_batches_train_as_one_does_with_one(
+        corpus, tmp_path, monkeypatch):
     out = tmp_path / "out"
     # Not gumbel, because its noise depends on the number of micro-batches.
     sizes = ["--plans=none,soft", "--grad_accum=4", "--batch_size=2"]
@@ -404,7 +415,8 @@ def test_two_processes_with_two_micro_batches_train_as_one_does_with_one(corpus,
     assert done.returncode == 0, done.stderr
     # Only process 0 prints.
     assert done.stdout.count("fingerprint") == 1
-    alone = curves(trained)
+    monkeypatch.setattr(train, "RUNS", 4 * train.RUNS)
+    alone = curves(run(corpus, tmp_path / "alone", "--plans=none,soft"))
     for key, figure in curves(out).items():
         assert figure == pytest.approx(alone[key], rel=1e-4), key
 
@@ -412,6 +424,7 @@ def test_two_processes_with_two_micro_batches_train_as_one_does_with_one(corpus,
 # --- what a run leaves ----------------------------------------------------------------------------
 def test_eval_gives_the_table_of_the_run(trained, capsys):
     results = read_json(trained / "results.json")
+    assert list(results.pop("seconds"))[-1] == "evaluation"
     evaluation.main([f"--out_dir={trained}"])
     assert read_json(trained / "eval.json") == results and list(results["plans"]) == list(PLANS)
     assert capsys.readouterr().out.strip() == evaluation.table(results)
