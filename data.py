@@ -206,13 +206,13 @@ def window_batch(corpus, starts, block_size, reach=0, view_tokens=None):
       4. Put them into P slots, the last one into the last slot (see _fill_slots).
 
     A window that touches sentences 7 to 9, whose document opened with sentence 4, at reach = 2
-    (S = 8; the last 8 of P = 16 slots):
+    (S = 4, P = 8):
 
         slot         0   1   2   3   4   5   6   7
         sentence     -   -   -   5   6   7   8   9
         opening      3   3   3   3   3   3   3   3
-        labels      -1  -1  -1  -1  -1  l7  l8  l9
-        sentence_id                      5   6   7
+        labels                      -1  l7  l8  l9
+        sentence_id                      1   2   3
     """
     positions = starts[:, None] + np.arange(block_size + 1)                 # (B, T+1)
     tokens = corpus.tokens.take(positions, mode="clip").astype(np.int64)
@@ -248,9 +248,9 @@ def _fill_slots(batch, corpus, earliest, touched, last, view_tokens):
     All three are (B, 1). A slot's `opening` is that of its sentence (see Corpus.opening_of), but
     not before `earliest`.
     """
-    # Multiples of 8 keep the number of different shapes small.
-    S = round_up(int((last - touched).max()) + 1, 8)
-    P = S + round_up(int((touched - earliest).max()), 8)
+    # Multiples of 4 keep the number of different shapes small.
+    S = round_up(int((last - touched).max()) + 1, 4)
+    P = S + round_up(int((touched - earliest).max()), 4)
     index = last + np.arange(1 - P, 1)                                      # (B, P)
     opening = np.maximum(corpus.opening_of(index.clip(0), view_tokens), earliest)
     # Index 0 stands in where there is no finished sentence; it is masked.

@@ -27,9 +27,12 @@ from planner import build_model
 
 
 # --- perplexity -----------------------------------------------------------------------------------
-def window_starts(n_tokens, block_size):
-    """Where windows start that have each of n_tokens tokens but the first among their targets."""
-    stride = max(1, block_size // 2)
+def window_starts(n_tokens, block_size, stride=None):
+    """Where windows start that have each of n_tokens tokens but the first among their targets.
+
+    They advance by `stride` tokens: half a window unless told otherwise.
+    """
+    stride = stride or max(1, block_size // 2)
     context = block_size - stride
     # Every window after the first starts early enough to have a new token to score.
     return np.arange(0, max(1, n_tokens - 1 - context), stride)
@@ -42,6 +45,7 @@ def score(
     autocast=contextlib.nullcontext(),
     max_tokens=math.inf,
     batch_size=None,
+    stride=None,
 ):
     """Score each of the first max_tokens tokens (default: all N) but the first.
 
@@ -59,7 +63,7 @@ def score(
         shape = (len(corpus.sentences), len(model.gpt.label_emb))
         label_log_probs = np.full(shape, np.nan, np.float32)                # (n+1, K)
 
-    starts = window_starts(N, T)
+    starts = window_starts(N, T, stride)
     # A window scores the targets that lie after those of the window before it.
     first_new = np.append(1, starts[:-1] + T + 1)
     batch_size = batch_size or max(1, 8192 // T)

@@ -7,7 +7,9 @@ How this GPT differs from GPT-2:
 - Every block can be conditioned on a plan: a linear map of the sentence's plan vector, which starts
   at zero, is added to the attention output before the output projection.
 - Rotary positions; no biases except in the norms; no dropout.
-- The token embeddings are normalised before the first block, and are also the output matrix.
+- The token embeddings are normalised before the first block, and the output matrix is another one.
+- Each position adds a learned share of the embedding before it, channel by channel: the token shift
+  of RWKV, Peng et al., arXiv 2305.13048.
 """
 
 import math
@@ -198,11 +200,13 @@ class GPT(nn.Module):
         # Matrices whose sides are multiples of 64 are faster on a GPU.
         padded_size = 64 * math.ceil(vocab_size / 64)
         self.wte = nn.Embedding(padded_size, n_embd)
+        self.token_shift = nn.Parameter(torch.zeros(n_embd))
         planned = n_labels > 0
         self.blocks = nn.ModuleList(
             Block(n_embd, n_head, planned) for _ in range(n_layer)
         )
         self.ln_f = nn.LayerNorm(n_embd)
+        self.head = nn.Linear(n_embd, padded_size, bias=False)
         self.label_emb = (
             nn.Parameter(torch.zeros(n_labels, n_embd)) if planned else None
         )
@@ -228,6 +232,8 @@ class GPT(nn.Module):
         x = self.wte(tokens)                                            # (B, T, C)
         # Normalise: embeddings of size 0.02 would be swamped by the blocks' outputs.
         x = F.layer_norm(x, x.shape[-1:])
+        before = F.pad(x[:, :-1], (0, 0, 1, 0))                         # (B, T, C)
+        x = x + self.token_shift * before
         rotary = self.rotary[:, :T]
         for block in self.blocks:
             x = block(x, rotary, plan_vectors, plan_index)
@@ -238,7 +244,7 @@ class GPT(nn.Module):
 
     def logits(self, x):
         """(..., C) -> (..., V)."""
-        return F.linear(x, self.wte.weight)[..., : self.vocab_size]
+        return self.head(x)[..., : self.vocab_size]
 
     def loss(self, x, targets):
         """x (B, T, C), targets (B, T) -> the loss of each target in nats (B, T)."""

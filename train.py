@@ -65,12 +65,12 @@ class Config:
                         choices=(False, True))
     plans: str = opt("none,hard,soft", f"plans to train: all, or some of {ALL_PLANS}")
     # Sizes.
-    n_layer: int = opt(4, "blocks of the GPT")
-    n_head: int = opt(3, "attention heads of GPT and planner")
-    n_embd: int = opt(192, "C: width of GPT and planner")
+    n_layer: int = opt(2, "blocks of the GPT")
+    n_head: int = opt(2, "attention heads of GPT and planner")
+    n_embd: int = opt(128, "C: width of GPT and planner")
     block_size: int = opt(64, "T: window of the GPT in tokens")
     n_labels: int = opt(256, "K: labels, the clusters of k-means")
-    planner_layer: int = opt(2, "blocks of the planner")
+    planner_layer: int = opt(1, "blocks of the planner")
     planner_reach: int = opt(16, "sentences before the window that the planner reads")
     planner_view: str = opt("document", "what the planner reads: the document; equal: the whole "
                             "sentences in the block_size tokens before the one that it plans",
@@ -78,13 +78,13 @@ class Config:
     # Training.
     batch_size: int = opt(32, "windows in a micro-batch")
     grad_accum: int = opt(1, "micro-batches in a step, a multiple of the number of processes")
-    lm_steps: int = opt(1000, "steps of stage lm")
-    planner_steps: int = opt(300, "steps of stage planner")
-    joint_steps: int = opt(600, "steps of stage joint, for each plan")
+    lm_steps: int = opt(450, "steps of stage lm")
+    planner_steps: int = opt(120, "steps of stage planner")
+    joint_steps: int = opt(200, "steps of stage joint, for each plan")
     muon_lr: float = opt(0.02, "peak learning rate of the blocks' matrices (Muon); 0: AdamW", 0)
-    lm_lr: float = opt(1e-2, "peak learning rate of everything else in stage lm (AdamW)", 1e-9)
+    lm_lr: float = opt(2e-2, "peak learning rate of everything else in stage lm (AdamW)", 1e-9)
     planner_lr: float = opt(1e-3, "peak AdamW learning rate in stage planner", 0)
-    joint_lr: float = opt(4e-3, "peak AdamW learning rate in stage joint; Muon's is multiplied by "
+    joint_lr: float = opt(8e-3, "peak AdamW learning rate in stage joint; Muon's is multiplied by "
                           "joint_lr / lm_lr", 0)
     joint_planner_lr: float = opt(2e-4, "peak learning rate of the planner in stage joint", 0)
     unfreeze_step: int = opt(0, "step of stage joint from which the planner is trained", 0)
@@ -421,14 +421,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(x):
-    """Bring the singular values of matrices (n, M, N) near 1, by five Newton-Schulz steps."""
+    """Bring the singular values of matrices (n, M, N) near 1, by four Newton-Schulz steps."""
     # Work on the wide form, whose products are smaller.
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:
         x = x.mT
     # No singular value is larger than the Frobenius norm.
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
+    for _ in range(4):
         a = x @ x.mT
         b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)              # -4.775 a + 2.0315 a a
         x = torch.baddbmm(x, b, x, beta=3.4445)                             # 3.4445 x + b x

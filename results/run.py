@@ -1,0 +1,344 @@
+"""Make the evidence of results/README.md: train, score on the test split, write the tables.
+
+    python results/run.py                    # all parts, seed by seed; again: it goes on
+    python results/run.py claims --seed=6    # one seed of one part
+    python results/run.py --table            # write the tables into results/README.md
+
+Runs lie in cache/results, and a stage that several of them share is trained once. results/PART.json
+holds an entry for each seed. The part `wikipedia` needs WIKIPEDIA=PATH in the environment.
+"""
+import argparse
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+
+import data
+import train
+from eval import follow, load_run, score, summary, versions
+from model import PLANS
+
+MARKS = "<!-- tables -->", "<!-- end of tables -->"
+WORK = ROOT / "cache" / "results"
+C = train.Config()
+# Seconds of a step of `soft`, and of stages labels and planner, in steps of `none`
+# (tests/bench.py default; the last line of train.py).
+SOFT_STEP = 1.08
+OTHER_STAGES = 100
+
+
+@dataclass
+class Part:
+    """Runs that are made with each of some seeds."""
+    seeds: tuple
+    variants: dict[str, str]                # name -> options of train.py
+    strides: tuple = (1/2,)                 # of the windows that score, in windows
+    follows: bool = False
+
+
+def longer(factor, plans):
+    """Options that train stages lm and joint for `factor` times as many steps."""
+    joint_steps = round(factor * C.joint_steps)
+    return f"--lm_steps={round(factor * C.lm_steps)} --joint_steps={joint_steps} --plans={plans}"
+
+
+def as_long(factor=1, more=0):
+    """Options for `none` with the seconds of stage joint that `soft` takes."""
+    steps = round(factor * C.joint_steps * SOFT_STEP) + more
+    return f"--lm_steps={round(factor * C.lm_steps)} --joint_steps={steps} --plans=none"
+
+
+def window(block_size, more):
+    """Options for longer windows, with as many tokens in a step."""
+    return f"--block_size={block_size} --batch_size={C.batch_size * C.block_size // block_size} {more}"
+
+
+FIVE = (6, 7, 8, 9, 10)
+THREE = (6, 7, 8)
+EQUAL = "--planner_view=equal"
+PARTS = {
+    "claims": Part(FIVE, {
+        "": "--plans=all",
+        "as long": as_long(),
+        "as long as all stages": as_long(more=OTHER_STAGES),
+    }, strides=(1, 1/2, 1/8)),
+    "view": Part(FIVE, {"": f"--plans=hard,soft {EQUAL}"}, strides=(1, 1/2, 1/8)),
+    "longer_4": Part(THREE, {"": longer(4, "none,soft"), "as long": as_long(4)}),
+    "longer_16": Part(THREE, {"": longer(16, "none,soft"), "as long": as_long(16)}),
+    "follow": Part(THREE, {"": "--plans=hard,soft,oracle"}, follows=True),
+    "window_128": Part(THREE, {
+        "": window(128, "--plans=none,hard,soft"),
+        "equal": window(128, f"--plans=soft {EQUAL}"),
+    }, strides=(1, 1/2)),
+    "window_256": Part(THREE, {
+        "": window(256, "--plans=none,hard,soft"),
+        "equal": window(256, f"--plans=soft {EQUAL}"),
+    }, strides=(1, 1/2)),
+    "wikipedia": Part(THREE, {
+        "": "--plans=none,previous,hard,soft_frozen,soft,oracle",
+        "equal": f"--plans=soft {EQUAL}",
+    }),
+}
+
+
+# --- making the runs ------------------------------------------------------------------------------
+def make_seed(name, seed):
+    """Train and score all variants of a part with one seed -> its entry in results/NAME.json."""
+    part = PARTS[name]
+    variants = {}
+    for variant, text in part.variants.items():
+        out = WORK / f"{name}-{seed}-{variant}".replace(" ", "_")
+        argv = [*text.split(), f"--seed={seed}", f"--cache_dir={ROOT / 'cache'}"]
+        if name == "wikipedia":
+            argv.append(f"--data={every_fourth(Path(os.environ['WIKIPEDIA']))}")
+        share_stages(out, train.parse_config(argv))
+        command = [sys.executable, "train.py", *argv, f"--out_dir={out}"]
+        subprocess.run(command, cwd=ROOT, check=True)
+        variants[variant] = measure(out, part) | {"options": text}
+    commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
+    return {"seed": seed, "commit": commit, "variants": variants}
+
+
+def every_fourth(path):
+    """A file with every fourth document of a text."""
+    chosen = WORK / "wikipedia.txt"
+    data.make_folder(WORK)
+    texts = list(data.read_documents(path))[::4]
+    text = f"\n{data.EOT}\n".join(texts)
+    if not chosen.exists():
+        chosen.write_text(text, "utf-8")
+    return chosen
+
+
+def share_stages(out, config):
+    """Copy finished stages of other runs that were made with the options of this one."""
+    data.make_folder(out)
+    names = ["data"]
+    for stage in ("lm", "labels", "planner"):
+        names += train.STAGE_OPTIONS[stage]
+        wanted = [getattr(config, name) for name in names]
+        for path in WORK.glob(f"*/{stage}.pt"):
+            other = data.read_json(path.parent / "config.json")
+            if [other[name] for name in names] == wanted and not (out / path.name).exists():
+                shutil.copy(path, out)
+
+
+def measure(out, part):
+    """Score the plans of a run on its test split."""
+    run = load_run(out)
+    corpus, n_bytes = run.split("test")
+    # The first token is not scored.
+    sentence = corpus.sentence_of(np.arange(1, len(corpus.tokens)))
+    document = np.searchsorted(corpus.documents, sentence, side="right") - 1
+    figures = {"tokens": np.bincount(document).tolist(), "bytes": n_bytes,
+               "seconds": data.read_json(out / "results.json")["seconds"], "plans": {}}
+    for plan in run.plans():
+        model = run.model(plan)
+        sums = {}
+        # At a stride of 1/8, scoring takes four times as long, so some plans do without.
+        shares = part.strides if plan in ("none", "hard", "soft") else (1/2,)
+        for share in shares:
+            stride = round(share * run.config.block_size)
+            nll, label_log_probs = score(model, corpus, run.autocast, stride=stride)
+            sums[share] = np.bincount(document, nll).round(2).tolist()
+            if share == 1/2:
+                entry = summary(nll, label_log_probs, corpus, n_bytes)
+                entry |= places(run, corpus, nll)
+                if plan == "soft_frozen":
+                    entry |= explained(run, corpus, label_log_probs)
+        entry["sums"] = sums
+        if part.follows:
+            entry["follow"] = follow_figures(run, plan)
+        figures["plans"][plan] = entry
+    return figures
+
+
+def places(run, corpus, nll):
+    """Mean nats by a token's place in its sentence, and by whether its window saw the document begin.
+
+    The last of the places stands for itself and all later ones.
+    """
+    T = run.config.block_size
+    position = np.arange(1, len(corpus.tokens))
+    sentence = corpus.sentence_of(position)
+    place = np.minimum(position - corpus.sentences[sentence], 8)
+    window_start = np.maximum(0, data.round_up(position - T, T // 2))
+    begins_inside = corpus.sentences[corpus.opening_of(sentence)] >= window_start
+    return {
+        "by_place": (np.bincount(place, nll) / np.bincount(place)).tolist(),
+        "document_begins_inside": float(nll[begins_inside].mean()),
+        "document_begins_before": float(nll[~begins_inside].mean()),
+        "share_inside": float(begins_inside.mean()),
+    }
+
+
+def explained(run, corpus, label_log_probs):
+    """The share of the variance of the next sentence's vector that each kind of plan explains."""
+    centroids = run.labeler.centroids.cpu().numpy()
+    predicted = ~np.isnan(label_log_probs[:-1, 0])
+    probs = np.exp(label_log_probs[:-1][predicted])                         # (m, K)
+    vectors = corpus.vectors[predicted].astype(np.float32)                  # (m, E)
+    guesses = {
+        "likeliest": centroids[probs.argmax(1)],
+        "mixture": probs @ centroids,
+        "true": centroids[corpus.labels[predicted]],
+    }
+    variance = np.square(vectors - vectors.mean(0)).sum()
+    shares = {}
+    for name, guess in guesses.items():
+        shares[name] = float(1 - np.square(vectors - guess).sum() / variance)
+    return {"explained": shares}
+
+
+def follow_figures(run, plan, n_prompts=60):
+    """Whether sentences follow a label drawn at random, after the openings of validation documents."""
+    corpus, _ = run.split("val")
+    rng = np.random.default_rng(0)
+    labels = rng.integers(run.config.n_labels, size=n_prompts)
+    prompts = []
+    for j in rng.choice(corpus.documents[:-1], n_prompts, replace=False):
+        start, *_, end = corpus.sentences[j:j + 3]
+        prompts.append(run.tokenizer.decode(corpus.tokens[start:end].tolist()))
+    share, expected = follow(run, plan, prompts, labels.tolist())
+    return {"share": share, "expected": expected}
+
+
+# --- the tables -----------------------------------------------------------------------------------
+# Decided on before any of these seeds was scored on the test split.
+COMPARISONS = [
+    ("claims::hard", "claims::none"),
+    ("claims::soft_frozen", "claims::hard"),
+    ("claims::soft", "claims::soft_frozen"),
+    ("claims::soft", "claims::straight_through"),
+    ("claims::soft", "claims::none"),
+    ("claims::soft", "claims:as long:none"),
+    ("view::soft", "claims::none"),
+    ("longer_4::soft", "longer_4:as long:none"),
+]
+
+
+def entries(run):
+    """The figures of part:variant:plan for each of its seeds, with the tokens of each document."""
+    name, variant, plan = run.split(":")
+    found = {}
+    for entry in data.read_json(ROOT / "results" / f"{name}.json")["runs"]:
+        figures = entry["variants"][variant]
+        found[entry["seed"]] = figures["plans"][plan] | {"documents": figures["tokens"]}
+    return found
+
+
+def compare(run, other, share="0.5"):
+    """The change of perplexity in percent, its 99 % interval, and whether it is decided.
+
+    The variance is that of the mean over seeds plus that of a bootstrap over documents. Decided: all
+    seeds have its sign, and the interval leaves out 0.
+    """
+    ours = entries(run)
+    theirs = entries(other)
+    seeds = sorted(ours.keys() & theirs.keys())
+    tokens = np.array(ours[seeds[0]]["documents"])                          # (d,)
+    changes = []
+    for seed in seeds:
+        sums = np.array(ours[seed]["sums"][share]) - theirs[seed]["sums"][share]
+        changes.append(sums)
+    changes = np.array(changes)                                             # (seeds, d)
+    by_seed = changes.sum(1) / tokens.sum()                                 # nats per token
+    rng = np.random.default_rng(0)
+    drawn = rng.multinomial(len(tokens), np.full(len(tokens), 1 / len(tokens)), 2000)
+    by_draw = drawn @ changes.mean(0) / (drawn @ tokens)
+    variance = by_draw.var()
+    if len(seeds) > 1:
+        variance += by_seed.var(ddof=1) / len(seeds)
+    mean = by_seed.mean()
+    ends = mean - 2.576 * math.sqrt(variance), mean + 2.576 * math.sqrt(variance)
+    decided = (by_seed > 0).all() and ends[0] > 0 or (by_seed < 0).all() and ends[1] < 0
+    percent = [100 * math.expm1(x) for x in (mean, *ends)]
+    return percent, bool(decided)
+
+
+def change(run, other, share="0.5"):
+    """A comparison as the text of a cell."""
+    (mean, low, high), decided = compare(run, other, share)
+    return f"{mean:+.2f} % ({low:+.2f} to {high:+.2f}){'' if decided else ', not decided'}"
+
+
+def mean_of(run, figure):
+    """The mean of a figure over seeds; None if the plan has none."""
+    values = [entry[figure] for entry in entries(run).values()]
+    return None if None in values else float(np.mean(values))
+
+
+def row(*cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def head(*cells):
+    return [row(*cells), row(*("---" for _ in cells))]
+
+
+def tables():
+    """Every table of the page whose parts are there, as lines of Markdown."""
+    lines = ["### Nine plans", "", *head("plan", "perplexity", "against `none`, 99 % interval",
+                                         "bits per byte", "label nats")]
+    plans = list(PLANS)
+    for plan in plans:
+        run = f"claims::{plan}"
+        against = "" if plan == "none" else change(run, "claims::none")
+        label_nats = mean_of(run, "planner_ce")
+        lines.append(row(f"`{plan}`", f"{mean_of(run, 'ppl'):.2f}", against,
+                         f"{mean_of(run, 'bits_per_byte'):.4f}",
+                         f"{label_nats:.2f}" if label_nats else ""))
+    for variant in ("as long", "as long as all stages"):
+        run = f"claims:{variant}:none"
+        lines.append(row(f"`none`, {variant}", f"{mean_of(run, 'ppl'):.2f}",
+                         change(run, "claims::none"), f"{mean_of(run, 'bits_per_byte'):.4f}", ""))
+    lines += ["", "### Comparisons", "", *head("plan", "against", "change, 99 % interval")]
+    for run, other in COMPARISONS:
+        lines.append(row(f"`{run}`", f"`{other}`", change(run, other)))
+    return lines
+
+
+def write_tables():
+    """Put the tables between the two marks of results/README.md."""
+    page = ROOT / "results" / "README.md"
+    before, _, rest = page.read_text("utf-8").partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    lines = [MARKS[0], "", *tables(), "", MARKS[1]]
+    page.write_text(before + "\n".join(lines) + after, "utf-8")
+
+
+def main():
+    parser = argparse.ArgumentParser("run.py", description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--seed", type=int, help="this seed alone")
+    parser.add_argument("--table", action="store_true", help="write the tables, train nothing")
+    options = parser.parse_args()
+    if options.table:
+        write_tables()
+        return
+    for name in options.parts or PARTS:
+        path = ROOT / "results" / f"{name}.json"
+        for seed in [options.seed] if options.seed else PARTS[name].seeds:
+            results = {"runs": []}
+            if path.exists():
+                results = data.read_json(path)
+            if seed in [entry["seed"] for entry in results["runs"]]:
+                continue
+            results["runs"].append(make_seed(name, seed))
+            results |= {"command": f"python results/run.py {name}", "versions": versions(),
+                        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}"}
+            data.write_json(path, results)
+
+
+if __name__ == "__main__":
+    main()
