@@ -135,7 +135,7 @@ def build_model(config, plan, vocab_size):
     n_slots = c.block_size + 2 * c.planner_reach + 16
     # Sentence vectors are means of token embeddings, so E = C.
     planner = Planner(
-        c.n_embd, c.n_labels, c.planner_layer, c.n_head, c.n_embd, n_slots, c.seed
+        c.n_embd, c.n_labels, c.planner_layer, c.n_head, c.planner_embd, n_slots, c.seed
     )
     view_tokens = c.block_size if c.planner_view == "equal" else None
     return PlannedGPT(gpt, planner, plan, c.planner_reach, view_tokens, c.gumbel_tau)

@@ -67,9 +67,10 @@ class Config:
     # Sizes.
     n_layer: int = opt(2, "blocks of the GPT")
     n_head: int = opt(2, "attention heads of GPT and planner")
-    n_embd: int = opt(128, "C: width of GPT and planner")
+    n_embd: int = opt(128, "C: width of the GPT")
     block_size: int = opt(64, "T: window of the GPT in tokens")
     n_labels: int = opt(256, "K: labels, the clusters of k-means")
+    planner_embd: int = opt(64, "width of the planner")
     planner_layer: int = opt(1, "blocks of the planner")
     planner_reach: int = opt(16, "sentences before the window that the planner reads")
     planner_view: str = opt("document", "what the planner reads: the document; equal: the whole "
@@ -79,14 +80,14 @@ class Config:
     batch_size: int = opt(32, "windows in a micro-batch")
     grad_accum: int = opt(1, "micro-batches in a step, a multiple of the number of processes")
     lm_steps: int = opt(450, "steps of stage lm")
-    planner_steps: int = opt(120, "steps of stage planner")
+    planner_steps: int = opt(300, "steps of stage planner")
     joint_steps: int = opt(200, "steps of stage joint, for each plan")
     muon_lr: float = opt(0.02, "peak learning rate of the blocks' matrices (Muon); 0: AdamW", 0)
     lm_lr: float = opt(2e-2, "peak learning rate of everything else in stage lm (AdamW)", 1e-9)
-    planner_lr: float = opt(1e-3, "peak AdamW learning rate in stage planner", 0)
-    joint_lr: float = opt(8e-3, "peak AdamW learning rate in stage joint; Muon's is multiplied by "
+    planner_lr: float = opt(4e-3, "peak AdamW learning rate in stage planner", 0)
+    joint_lr: float = opt(5e-3, "peak AdamW learning rate in stage joint; Muon's is multiplied by "
                           "joint_lr / lm_lr", 0)
-    joint_planner_lr: float = opt(2e-4, "peak learning rate of the planner in stage joint", 0)
+    joint_planner_lr: float = opt(1e-3, "peak learning rate of the planner in stage joint", 0)
     unfreeze_step: int = opt(0, "step of stage joint from which the planner is trained", 0)
     gumbel_tau: float = opt(1.0, "temperature of the plan gumbel", 1e-3)
     weight_decay: float = opt(0.1, "weight decay of all matrices but label_emb", 0)
@@ -109,9 +110,11 @@ class Config:
                 raise InputError(f"plans={self.plans}: choose from {ALL_PLANS}, or all")
         if self.vocab_size > 65536:
             raise InputError(f"vocab_size={self.vocab_size}: must be at most 65536")
-        if self.n_embd % (2 * self.n_head):
-            raise InputError(f"n_embd={self.n_embd} must be a multiple of {2 * self.n_head}, twice "
-                             f"n_head={self.n_head}")
+        for name in ("n_embd", "planner_embd"):
+            width = getattr(self, name)
+            if width % (2 * self.n_head):
+                raise InputError(f"{name}={width} must be a multiple of {2 * self.n_head}, twice "
+                                 f"n_head={self.n_head}")
         if self.planner_view == "equal" and self.planner_layer > 1:
             raise InputError("planner_view=equal needs planner_layer=1: each layer more would "
                              "reach further back")
@@ -125,21 +128,21 @@ PRESETS = {
     "laptop": {},
     # Seconds, to try things out.
     "tiny": dict(
-        vocab_size=512, n_layer=1, n_head=2, n_embd=32, block_size=32, n_labels=8, planner_layer=1,
+        vocab_size=512, n_layer=1, n_head=2, n_embd=32, block_size=32, n_labels=8, planner_embd=32,
         batch_size=8, lm_steps=20, planner_steps=20, joint_steps=20, eval_tokens=2048),
     # 124 M parameters, 0.5 M tokens a step.
     "gpu": dict(
         tokenizer="gpt2", n_layer=12, n_head=12, n_embd=768, block_size=1024, n_labels=1024,
-        planner_layer=4, planner_reach=128, grad_accum=16, lm_steps=2000, lm_lr=6e-4,
-        planner_steps=1000, planner_lr=3e-4, joint_steps=1000, joint_lr=3e-4, joint_planner_lr=3e-4,
-        compile=True, eval_every=250, eval_tokens=262144),
+        planner_embd=768, planner_layer=4, planner_reach=128, grad_accum=16,
+        lm_steps=2000, lm_lr=6e-4, planner_steps=1000, planner_lr=3e-4, joint_steps=1000,
+        joint_lr=3e-4, joint_planner_lr=3e-4, compile=True, eval_every=250, eval_tokens=262144),
 }
 # Options that a stage depends on, in addition to those of earlier stages.
 STAGE_OPTIONS = {
     "lm": ["tokenizer", "vocab_size", "seed", "dtype", "n_layer", "n_head", "n_embd", "block_size",
            "batch_size", "grad_accum", "lm_steps", "muon_lr", "lm_lr", "weight_decay"],
     "labels": ["n_labels"],
-    "planner": ["planner_layer", "planner_reach", "planner_view", "planner_steps", "planner_lr"],
+    "planner": ["planner_embd", "planner_layer", "planner_reach", "planner_view", "planner_steps", "planner_lr"],
     "joint": ["joint_steps", "joint_lr", "joint_planner_lr", "unfreeze_step", "gumbel_tau"],
 }
 

@@ -280,8 +280,8 @@ def test_each_tensor_has_its_optimizer_rate_and_decay(corpus, tmp_path, monkeypa
         elif name.endswith(("qkv.weight", "proj.weight", "up.weight", "down.weight")):
             optimizer = train.Muon
             # Muon's rate falls with AdamW's.
-            rate = 0.008 if kind == "joint" else 0.02
-        if name.endswith(("label_emb", "start")) or "ln_" in name:
+            rate = 0.005 if kind == "joint" else 0.02
+        if name.endswith(("label_emb", "start", "shift")) or "ln_" in name:
             decay = 0.0
         # The rate of the last step.
         expected = (optimizer, pytest.approx(rate * train.learning_rate(5, 6)), decay)
