@@ -21,6 +21,7 @@ import pickle
 import re
 import tempfile
 import warnings
+from array import array
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from importlib import metadata, util
@@ -33,10 +34,21 @@ from tqdm import tqdm
 
 EOT = "<|endoftext|>"
 SPLITS = ("train", "val", "test")
+PARTS = ("tokens", "sentences", "documents")    # of a Corpus, each in a file of its own
 
 
 class InputError(Exception):
     """A user error. The command line prints it as one line and exits with code 2."""
+
+
+@contextlib.contextmanager
+def as_input_error(message, *errors):
+    """Turn errors of these types into an InputError: the message, then the reason, in one line."""
+    try:
+        yield
+    except errors as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{message} ({reason:.200})")
 
 
 # --- sentences ------------------------------------------------------------------------------------
@@ -62,12 +74,11 @@ CHARACTER = re.compile(
 
 
 def boundaries(text):
-    """Byte offsets just after each finished sentence of a document.
+    """Yield the byte offset just after each finished sentence of a document.
 
     boundaries(text[:n]) are the offsets of boundaries(text) up to n. The end of the input is not a
     boundary.
     """
-    ends = []
     start = 0
     while True:
         match = (
@@ -76,9 +87,9 @@ def boundaries(text):
             or CHARACTER.search(text, start + HARD_BYTES - 1)
         )
         if match is None:
-            return ends
+            return
         start = match.end()
-        ends.append(start)
+        yield start
 
 
 def segment(text):
@@ -93,12 +104,11 @@ def sentence_ends(tokens, tokenizer):
 
     It never looks ahead: sentence_ends(tokens[:n]) == sentence_ends(tokens)[:n].
     """
-    tokens = np.asarray(tokens)
     ends = tokens == tokenizer.eot_token
     start = 0
     for stop in [*np.flatnonzero(ends), len(tokens)]:
         pieces = tokenizer.decode_tokens_bytes(tokens[start:stop].tolist())
-        cuts = boundaries(b"".join(pieces))
+        cuts = list(boundaries(b"".join(pieces)))
         # A sentence ends with the token that contains the last byte before the boundary.
         piece_ends = np.cumsum([len(piece) for piece in pieces])
         ends[start + np.searchsorted(piece_ends, cuts)] = True
@@ -120,18 +130,18 @@ class Corpus:
         """Find sentences and documents in a stream of tokens (N,), without looking ahead."""
         ends = np.flatnonzero(sentence_ends(tokens, tokenizer))
         # <|endoftext|> belongs to the document that it ends, so the next one starts after it.
-        closes_document = tokens[ends] == tokenizer.eot_token
-        document_ends = np.flatnonzero(closes_document)
+        document_ends = np.flatnonzero(tokens[ends] == tokenizer.eot_token)
         return cls(tokens, np.append(0, ends + 1), np.append(0, document_ends + 1))
 
     @classmethod
     def from_texts(cls, texts, tokenizer):
         """The stream of these documents: `<|endoftext|>`, then each document followed by one."""
-        tokens = [tokenizer.eot_token]
+        # An array takes two bytes a token; a list would take twenty times as much.
+        tokens = array("H", [tokenizer.eot_token])
         for text in texts:
-            tokens += tokenizer.encode_ordinary(text)
+            tokens.extend(tokenizer.encode_ordinary(text))
             tokens.append(tokenizer.eot_token)
-        return cls.from_tokens(np.array(tokens), tokenizer)
+        return cls.from_tokens(np.asarray(tokens), tokenizer)
 
     @property
     def n_sentences(self):
@@ -162,8 +172,8 @@ class Batch:
 
     The last S of the P slots hold the sentences that the targets touch, which need a plan.
     """
-    tokens: torch.Tensor                            # (B, T)
-    targets: torch.Tensor                           # (B, T) the next token; -1 past the end
+    tokens: torch.Tensor = None                     # (B, T)
+    targets: torch.Tensor = None                    # (B, T) the next token; -1 past the end
     sentence_id: torch.Tensor = None                # (B, T) in 0..S-1: the sentence of the target
     vectors: torch.Tensor = None                    # (B, P, E) float16; zeros in empty slots
     opening: torch.Tensor = None                    # (B, P) the first slot that each may see
@@ -223,34 +233,28 @@ def window_batch(corpus, starts, block_size, reach=0, view_tokens=None):
         return batch
     # Position t predicts token t+1, so it gets the plan of the sentence that contains token t+1.
     sentence = corpus.sentence_of(positions[:, 1:])                         # (B, T)
-    touched = sentence[:, :1]                                               # (B, 1) the first one
-    last = sentence[:, -1:]                                                 # (B, 1)
-    opening = corpus.opening_of(touched, view_tokens)
-    earliest = np.maximum(opening, touched - reach)                         # (B, 1)
-    _fill_slots(batch, corpus, earliest, touched, last, view_tokens)
-    S = batch.labels.shape[1]
-    batch.sentence_id = torch.from_numpy(sentence - last + S - 1)
-    return batch
+    return _fill_slots(batch, corpus, sentence, reach, view_tokens)
 
 
 def sentence_batch(corpus, starts, width, view_tokens=None):
     """Runs of `width` consecutive sentences from `starts` (B,), to train the planner alone."""
-    no_tokens = torch.zeros((len(starts), 0), dtype=torch.long)
-    batch = Batch(no_tokens, no_tokens)
-    first = starts[:, None]
-    _fill_slots(batch, corpus, first, first, first + width - 1, view_tokens)
-    return batch
+    sentence = starts[:, None] + np.arange(width)                           # (B, width)
+    return _fill_slots(Batch(), corpus, sentence, 0, view_tokens)
 
 
-def _fill_slots(batch, corpus, earliest, touched, last, view_tokens):
-    """Put sentences from `earliest` to `last` into slots; those from `touched` on have labels.
+def _fill_slots(batch, corpus, sentence, reach, view_tokens):
+    """Add the slots to a batch that touches these sentences, and return it.
 
-    All three are (B, 1). A slot's `opening` is that of its sentence (see Corpus.opening_of), but
-    not before `earliest`.
+    sentence (B, N) ascends along each row. The slots also hold up to `reach` sentences before the
+    first one. A slot's `opening` is that of its sentence (see Corpus.opening_of), but not before
+    the first slot that is filled.
     """
+    touched = sentence[:, :1]                                               # (B, 1) the first one
+    last = sentence[:, -1:]                                                 # (B, 1)
+    earliest = np.maximum(corpus.opening_of(touched, view_tokens), touched - reach)
     # Multiples of 4 keep the number of different shapes small.
-    S = round_up(int((last - touched).max()) + 1, 4)
-    P = S + round_up(int((touched - earliest).max()), 4)
+    S = round_up((last - touched).max() + 1, 4)
+    P = S + round_up((touched - earliest).max(), 4)
     index = last + np.arange(1 - P, 1)                                      # (B, P)
     opening = np.maximum(corpus.opening_of(index.clip(0), view_tokens), earliest)
     # Index 0 stands in where there is no finished sentence; it is masked.
@@ -259,7 +263,8 @@ def _fill_slots(batch, corpus, earliest, touched, last, view_tokens):
     labels = np.where(finished, corpus.labels[known], -1)                   # (B, P)
     previous = np.where(index <= opening, -1, np.roll(labels, 1, axis=1))
     # There is no label loss on sentences that are only context.
-    labels = np.where(index >= touched, labels, -1)
+    labels[index < touched] = -1
+    batch.sentence_id = torch.from_numpy(sentence - last + S - 1)
     batch.opening = torch.tensor(opening - index[:, :1])
     # Copies, because compiled code would tell views from whole arrays.
     batch.labels = torch.tensor(labels[:, -S:])
@@ -268,6 +273,7 @@ def _fill_slots(batch, corpus, earliest, touched, last, view_tokens):
         vectors = corpus.vectors[known]
         vectors[~finished] = 0
         batch.vectors = torch.from_numpy(vectors)
+    return batch
 
 
 def batch_starts(length, width, rows, seed, step):
@@ -277,15 +283,12 @@ def batch_starts(length, width, rows, seed, step):
     InputError if no window fits.
     """
     # One window fewer than fit leaves room for the offset.
-    n = (length - width) // width
+    n = length // width - 1
     if n < 1:
         raise InputError(f"a window of {width} is too long for a training split of {length}: lower "
                          "block_size (or planner_reach), or give more text")
-    starts = []
-    for row in range(step * rows, (step + 1) * rows):
-        epoch, place = divmod(row, n)
-        starts.append(_epoch(seed, epoch, n, width)[place])
-    return np.array(starts)
+    rows = range(step * rows, (step + 1) * rows)
+    return np.array([_epoch(seed, row // n, n, width)[row % n] for row in rows])
 
 
 @functools.lru_cache(maxsize=4)
@@ -348,46 +351,37 @@ def train_bpe(texts, vocab_size):
         ranks[pair] = len(ranks)
         for word in places.pop(pair):
             count(word, -1)
-            words[word] = _merge(words[word], pair)
+            _merge(words[word], pair)
             count(word, 1)
     return ranks
 
 
 def _merge(word, pair):
-    """Join the neighbours that make up `pair`, from the left: in "aaa", the first two."""
-    merged = word[:1]
-    for piece in word[1:]:
-        if merged[-1] + piece == pair:
-            merged[-1] = pair
-        else:
-            merged.append(piece)
-    return merged
+    """Join the neighbours that make up `pair`, in place, from the left: in "aaa", the first two."""
+    for i in range(len(word)):
+        if b"".join(word[i : i + 2]) == pair:
+            word[i : i + 2] = [pair]
 
 
-def bpe_tokenizer(ranks):
+def bpe_tokenizer(ranks, pattern=PATTERN):
     """A tiktoken.Encoding from the result of `train_bpe`."""
-    special = {EOT: len(ranks)}
-    return tiktoken.Encoding("nanoplan", pat_str=PATTERN, mergeable_ranks=ranks,
-                             special_tokens=special)
+    return tiktoken.Encoding(
+        "nanoplan", pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)}
+    )
 
 
 def save_tokenizer(path, tokenizer):
-    """Write what `load_tokenizer` reads: the name gpt2, or our tokens in hex, by rank."""
-    tokens = []
-    if tokenizer.name != "gpt2":
-        tokens = tokenizer.decode_tokens_bytes(range(tokenizer.eot_token))
+    """Write what `load_tokenizer` reads: the pattern of words, and the tokens in hex, by rank."""
+    tokens = tokenizer.decode_tokens_bytes(range(tokenizer.eot_token))
     hex_tokens = [token.hex() for token in tokens]
-    write_json(path, {"name": tokenizer.name, "tokens": hex_tokens})
+    write_json(path, {"pattern": tokenizer._pat_str, "tokens": hex_tokens})
 
 
 def load_tokenizer(path):
     """Read the file of `save_tokenizer`."""
     saved = read_json(path)
-    if saved["name"] == "gpt2":
-        # tiktoken downloads it once.
-        return tiktoken.get_encoding("gpt2")
     ranks = {bytes.fromhex(token): rank for rank, token in enumerate(saved["tokens"])}
-    return bpe_tokenizer(ranks)
+    return bpe_tokenizer(ranks, saved["pattern"])
 
 
 # --- prepared corpora -----------------------------------------------------------------------------
@@ -397,13 +391,13 @@ class Store:
     path: Path
     tokenizer: tiktoken.Encoding
     fingerprint: str                        # a hash of the tokens
-    bytes: dict[str, int]                   # of UTF-8 text in each split
 
     def split(self, name):
-        """One split. Its tokens stay on disk, as a memory map."""
-        arrays = np.load(self.path / f"{name}.npz")
-        tokens = np.memmap(self.path / f"{name}.tokens", np.uint16, mode="r")
-        return Corpus(tokens, arrays["sentences"], arrays["documents"])
+        """One split. Its arrays stay on disk, as memory maps."""
+        return Corpus(*[
+            np.load(self.path / f"{name}.{part}.npy", mmap_mode="r")
+            for part in PARTS
+        ])
 
 
 def prepare(name, tokenizer, vocab_size, cache_dir):
@@ -412,68 +406,57 @@ def prepare(name, tokenizer, vocab_size, cache_dir):
     name: `docstrings` or a path; tokenizer: `bpe` or `gpt2`. Reads one document at a time. Raises
     InputError if the text can't be read or a split ends up empty.
     """
-    # The key changes with the sources, the tokenizer and this file.
     if name == "docstrings":
         sources = [metadata.version(package) for package in DOCSTRING_PACKAGES]
     else:
-        sources = []
-        for file in corpus_files(name):
-            status = file.stat()
-            sources.append(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}")
-    identity = json.dumps([sources, tokenizer, vocab_size, Path(__file__).read_text("utf-8")])
-    key = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    path = cache_dir / f"{Path(name).name}-{key}"
-
+        sources = [
+            f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}"
+            for file in corpus_files(name)
+        ]
+    # The folder's name changes with the sources, the tokenizer and this file.
+    identity = str([sources, tokenizer, vocab_size, Path(__file__).read_text("utf-8")])
+    path = cache_dir / f"{Path(name).name}-{_hash(identity):x}"
     if not path.exists():
         make_folder(cache_dir)
         # A private folder, so that runs that prepare the same corpus at once don't collide.
-        with tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=cache_dir) as folder:
+        with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
             working = Path(folder) / "store"
             working.mkdir()
-            if tokenizer == "gpt2":
-                encoding = tiktoken.get_encoding("gpt2")
-            else:
-                # 20,000 documents are enough to train on; a second pass tokenizes all of them.
-                training = (text for split, text in documents(name) if split == "train")
-                encoding = bpe_tokenizer(train_bpe(itertools.islice(training, 20_000), vocab_size))
-            save_tokenizer(working / "tokenizer.json", encoding)
-            _write_splits(working, name, encoding)
-            try:
+            _write_store(working, name, tokenizer, vocab_size)
+            # If another run was faster, use its store.
+            with contextlib.suppress(OSError):
                 working.rename(path)
-            except OSError:
-                # If another run was faster, use its store.
-                if not path.exists():
-                    raise
-    meta = read_json(path / "meta.json")
-    encoding = load_tokenizer(path / "tokenizer.json")
-    return Store(path, encoding, meta["fingerprint"], meta["bytes"])
+    fingerprint = (path / "fingerprint").read_text()
+    return Store(path, load_tokenizer(path / "tokenizer.json"), fingerprint)
 
 
-def _write_splits(path, name, tokenizer):
-    """Write tokens, sentences and documents of each split, then their sizes and fingerprint."""
-    n_bytes = dict.fromkeys(SPLITS, 0)
-    with contextlib.ExitStack() as stack:
-        files = {}
-        for split in SPLITS:
-            files[split] = stack.enter_context(open(path / f"{split}.tokens", "wb"))
-        # An empty document writes the <|endoftext|> with which a split begins.
-        opening = [(split, "") for split in SPLITS]
-        texts = itertools.chain(opening, documents(name))
-        for split, text in tqdm(texts, desc="tokenize", unit=" documents", leave=False):
-            tokens = tokenizer.encode_ordinary(text)
-            tokens.append(tokenizer.eot_token)
-            files[split].write(np.array(tokens, np.uint16).tobytes())
-            n_bytes[split] += len(text.encode())
+def _write_store(path, name, tokenizer, vocab_size):
+    """Write the tokenizer, the arrays of each split and the fingerprint."""
+    if tokenizer == "gpt2":
+        # tiktoken downloads it once.
+        encoding = tiktoken.get_encoding("gpt2")
+    else:
+        # 20,000 documents are enough to train on.
+        training = itertools.islice(_texts(name, "train"), 20_000)
+        encoding = bpe_tokenizer(train_bpe(training, vocab_size))
+    save_tokenizer(path / "tokenizer.json", encoding)
     fingerprint = hashlib.sha256()
     for split in SPLITS:
-        tokens = np.fromfile(path / f"{split}.tokens", np.uint16)
-        corpus = Corpus.from_tokens(tokens, tokenizer)
+        # Reading the whole corpus again for each split takes less time than tokenizing it.
+        texts = tqdm(_texts(name, split), f"tokenize {split}", unit=" documents", leave=False)
+        corpus = Corpus.from_texts(texts, encoding)
         # The opening <|endoftext|> counts as a sentence.
         if corpus.n_sentences < 3:
             raise InputError(f"{name} has fewer than two sentences for {split}: give more text")
-        np.savez(path / f"{split}.npz", sentences=corpus.sentences, documents=corpus.documents)
-        fingerprint.update(tokens)
-    write_json(path / "meta.json", {"fingerprint": fingerprint.hexdigest()[:16], "bytes": n_bytes})
+        for part in PARTS:
+            np.save(path / f"{split}.{part}.npy", getattr(corpus, part))
+        fingerprint.update(corpus.tokens)
+    (path / "fingerprint").write_text(fingerprint.hexdigest()[:16])
+
+
+def _texts(name, split):
+    """The documents of one split, but no blank ones."""
+    return (text for place, text in documents(name) if place == split and text.strip())
 
 
 # --- corpora --------------------------------------------------------------------------------------
@@ -486,8 +469,8 @@ def documents(name):
     """Yield (split, text) for each document of a corpus, 90/5/5.
 
     A hash of its text decides where a document goes, so that copies share a split. Fewer than 200
-    documents could leave a split empty: then each is cut in three. Raises InputError if the corpus
-    can't be read.
+    documents could leave a split empty: then each is cut in three, and a part of it may be blank.
+    Raises InputError if the corpus can't be read.
     """
     if name == "docstrings":
         yield from _docstrings()
@@ -501,9 +484,9 @@ def documents(name):
             else:
                 a = int(0.9 * len(text))
                 b = int(0.95 * len(text))
-                for split, part in zip(SPLITS, (text[:a], text[a:b], text[b:])):
-                    if part.strip():
-                        yield split, part
+                yield "train", text[:a]
+                yield "val", text[a:b]
+                yield "test", text[b:]
 
 
 def _hash(text):
@@ -511,12 +494,12 @@ def _hash(text):
     return int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def _docstrings():
     """(split, text) of each source file of the packages: its docstrings of 200 characters or more.
 
     Sources are parsed, never imported. Duplicates of earlier docstrings are dropped. Cached,
-    because `prepare` reads a corpus twice.
+    because `prepare` reads a corpus four times.
     """
     seen = set()
     found = []
@@ -556,12 +539,13 @@ def _docstrings_below(node):
 
 def corpus_files(name):
     """The file at a path, or the .txt and .jsonl files of a folder. Raises InputError for none."""
-    if Path(name).is_file():
-        return [Path(name)]
-    files = [path for path in Path(name).rglob("*") if path.suffix in (".txt", ".jsonl")]
+    path = Path(name)
+    if path.is_file():
+        return [path]
+    files = sorted([*path.rglob("*.txt"), *path.rglob("*.jsonl")])
     if not files:
         raise InputError(f"data={name}: no such file, and no folder with .txt or .jsonl files")
-    return sorted(files)
+    return files
 
 
 def read_documents(path):
@@ -571,14 +555,13 @@ def read_documents(path):
     separates documents. Raises InputError if it can't be read.
     """
     read = _read_jsonl if path.suffix == ".jsonl" else _read_text
-    try:
+    with as_input_error(
+        f"{path} is not valid UTF-8 (convert it first), or can't be read",
+        OSError, UnicodeDecodeError
+    ):
         # utf-8-sig drops a byte order mark.
         with open(path, encoding="utf-8-sig") as lines:
             yield from filter(str.strip, read(lines))
-    except OSError as error:
-        raise InputError(f"{path} can't be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not valid UTF-8 ({error.reason}): convert it first") from None
 
 
 def _read_text(lines):
@@ -593,13 +576,13 @@ def _read_jsonl(lines):
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
+        with as_input_error(
+            f'{lines.name}:{number} is not a JSON object with a string "text"',
+            ValueError, TypeError, KeyError, AttributeError, RecursionError
+        ):
             text = json.loads(line)["text"]
             # A lone surrogate such as \ud800 is valid JSON but not text.
             text.encode()
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            place = f"{lines.name}:{number}"
-            raise InputError(f'{place} is not a JSON object with a string "text"') from None
         yield text
 
 
@@ -614,10 +597,8 @@ def replacing(path):
 
 def make_folder(path):
     """Create a folder where there is none. Raises InputError if that is not possible."""
-    try:
+    with as_input_error(f"the folder {path} can't be created", OSError):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"the folder {path} can't be created: {error.strerror}") from None
 
 
 def write_json(path, content):
@@ -628,25 +609,20 @@ def write_json(path, content):
 
 def read_json(path):
     """Read a JSON file. Raises InputError if there is none or it is not JSON."""
-    try:
+    with as_input_error(
+        f"{path} can't be read: {path.parent} should be the out_dir of a run of train.py",
+        OSError, ValueError
+    ):
         return json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} can't be read ({error.strerror}): {path.parent} should be the "
-                         "out_dir of a run of train.py") from None
-    except ValueError:
-        raise InputError(f"{path} is not a JSON file") from None
 
 
 def read_checkpoint(path):
     """Read a checkpoint without running code from it. Raises InputError if torch can't read it."""
-    try:
+    with as_input_error(
+        f"torch can't read {path}: if it is truncated, move it away; train that stage again",
+        OSError, RuntimeError, EOFError, pickle.UnpicklingError
+    ):
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"there is no {path}: train that stage with train.py") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"torch can't read {path} ({reason:.80}): if it is truncated, move it "
-                         "away and train that stage again") from None
 
 
 def load_weights(module, path):
@@ -655,10 +631,9 @@ def load_weights(module, path):
     Raises InputError if they don't fit.
     """
     checkpoint = read_checkpoint(path)
-    try:
+    with as_input_error(
+        f"{path} does not fit the model: if you changed the code, take another out_dir",
+        RuntimeError
+    ):
         module.load_state_dict(checkpoint.pop("model"))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path} does not fit the model. If you changed the code, take another "
-                         f"out_dir. {reason}") from None
     return checkpoint

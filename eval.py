@@ -111,8 +111,15 @@ def summary(nll, label_log_probs, corpus, n_bytes):
     return figures
 
 
-def evaluate(run, corpus, n_bytes, split):
+def count_bytes(corpus, tokenizer):
+    """The number of bytes of a corpus's text in UTF-8."""
+    is_text = corpus.tokens != tokenizer.eot_token
+    return len(tokenizer.decode_bytes(corpus.tokens[is_text].tolist()))
+
+
+def evaluate(run, corpus, split):
     """The content of results.json and eval.json: every finished plan on a labelled corpus."""
+    n_bytes = count_bytes(corpus, run.tokenizer)
     plans = {}
     for plan in tqdm(run.plans(), "evaluate", leave=False):
         nll, label_log_probs = score(run.model(plan), corpus, run.autocast)
@@ -154,7 +161,7 @@ def table(results):
 def print_scores(run, plan, path):
     """Print one JSON line for each token of a text."""
     model = run.model(plan)
-    corpus, _ = run.read_text(path)
+    corpus = run.read_text(path)
     nll, label_log_probs = score(model, corpus, run.autocast)
     for i, token in enumerate(corpus.tokens[1:].tolist()):
         # A token may be part of a character, so its bytes are printed too.
@@ -314,20 +321,19 @@ class Run:
         return model.to(self.device)
 
     def split(self, name):
-        """A labelled split of the run's corpus, and its bytes. Raises InputError if it changed."""
+        """A labelled split of the run's corpus. Raises InputError if it changed."""
         c = self.config
         store = data.prepare(c.data, c.tokenizer, c.vocab_size, Path(c.cache_dir))
         if store.fingerprint != c.fingerprint:
             raise InputError(f"data={c.data} has changed since {self.out_dir} was trained on it")
-        return self.labeler.label(store.split(name)), store.bytes[name]
+        return self.labeler.label(store.split(name))
 
     def read_text(self, path):
-        """A file's text as a labelled corpus, and its bytes. Raises InputError if it has none."""
+        """A file's text as a labelled corpus. Raises InputError if it has none."""
         texts = list(data.read_documents(path))
         if not texts:
             raise InputError(f"{path} contains no text")
-        corpus = Corpus.from_texts(texts, self.tokenizer)
-        return self.labeler.label(corpus), sum(len(text.encode()) for text in texts)
+        return self.labeler.label(Corpus.from_texts(texts, self.tokenizer))
 
 
 def load_run(out_dir, device=""):
@@ -442,9 +448,9 @@ def run_command(argv):
         # If no plan is finished, this says so before a corpus is prepared.
         run.plans()
         if c.text:
-            results = evaluate(run, *run.read_text(c.text), "text")
+            results = evaluate(run, run.read_text(c.text), "text")
         else:
-            results = evaluate(run, *run.split(c.split), c.split)
+            results = evaluate(run, run.split(c.split), c.split)
         data.write_json(c.out_dir / "eval.json", results)
         print(table(results))
 

@@ -186,7 +186,7 @@ def train(c):
 
     if s.rank == 0:
         started = time.perf_counter()
-        results = evaluate(run, s.val, s.store.bytes["val"], "val")
+        results = evaluate(run, s.val, "val")
         s.seconds["evaluation"] = time.perf_counter() - started
         data.write_json(s.out / "results.json", results | {"seconds": s.seconds})
         print(table(results))

@@ -30,8 +30,8 @@ def write_report(run, split):
 
 def report_data(run, split):
     """All that the page shows."""
-    corpus, n_bytes = run.split(split)
-    results = evaluate(run, corpus, n_bytes, split)
+    corpus = run.split(split)
+    results = evaluate(run, corpus, split)
     examples = run.labeler.label(example_documents(corpus, run.tokenizer))
     labels, variance = label_map(run)
     options = vars(run.config) | {"data": Path(run.config.data).name}

@@ -24,7 +24,7 @@ import numpy as np
 
 import data
 import train
-from eval import follow, load_run, score, summary, versions
+from eval import count_bytes, follow, load_run, score, summary, versions
 from model import PLANS
 
 MARKS = "<!-- tables -->", "<!-- end of tables -->"
@@ -135,7 +135,8 @@ def share_stages(out, config):
 def measure(out, part):
     """Score the plans of a run on its test split."""
     run = load_run(out)
-    corpus, n_bytes = run.split("test")
+    corpus = run.split("test")
+    n_bytes = count_bytes(corpus, run.tokenizer)
     # The first token is not scored.
     sentence = corpus.sentence_of(np.arange(1, len(corpus.tokens)))
     document = np.searchsorted(corpus.documents, sentence, side="right") - 1
@@ -201,7 +202,7 @@ def explained(run, corpus, label_log_probs):
 
 def follow_figures(run, plan, n_prompts=60):
     """Whether sentences follow a label drawn at random, after the openings of validation documents."""
-    corpus, _ = run.split("val")
+    corpus = run.split("val")
     rng = np.random.default_rng(0)
     labels = rng.integers(run.config.n_labels, size=n_prompts)
     prompts = []

@@ -31,7 +31,7 @@ def text(c):
         documents = itertools.islice(data.documents("docstrings"), 300 if DRY else None)
         path.write_text("".join(json.dumps({"text": text}) + "\n" for _, text in documents))
     store = open_store(c)
-    yield {"text": path.name, "bytes": store.bytes, "vocabulary": c.vocab_size,
+    yield {"text": path.name, "vocabulary": c.vocab_size,
            "training tokens": len(store.split("train").tokens)}
 
 

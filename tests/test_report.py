@@ -75,8 +75,8 @@ def test_no_text_of_the_corpus_ends_the_element_that_holds_it(run):
 
 def test_the_figures_are_evals_and_every_token_has_the_nats_of_every_plan(run):
     shown = Page(run).data
-    corpus, n_bytes = run.split("val")
-    assert shown["results"] == evaluate(run, corpus, n_bytes, "val")
+    corpus = run.split("val")
+    assert shown["results"] == evaluate(run, corpus, "val")
     documents = shown["documents"]
     corpus = run.labeler.label(report.example_documents(corpus, run.tokenizer))
     assert list(documents["nll"]) == list(PLANS)

@@ -347,7 +347,7 @@ def test_a_weight_of_stage_lm_without_a_place_in_stage_joint_is_an_error(
 def test_planner_view_holds_in_each_stage_and_validation(
         view, view_tokens, corpus, tmp_path, monkeypatch):
     found = []
-    act_before(monkeypatch, "data._fill_slots", lambda *values: found.append(values[5]))
+    act_before(monkeypatch, "data._fill_slots", lambda *values: found.append(values[4]))
     run(corpus, tmp_path / "out", "--plans=soft", f"--planner_view={view}")
     assert len(found) > 12 and set(found) == {view_tokens}
 
@@ -465,6 +465,8 @@ In a line {EOT} is text. {"A full stop. " * 30}"""
     path.write_text(text, "utf-8")
     evaluation.main([f"--out_dir={trained}", f"--text={path}"])
     results = read_json(trained / "eval.json")
+    # The line that separates the documents belongs to neither.
+    assert results["bytes"] == len(text.encode()) - len(f"{EOT}\n")
     for plan in ("soft", "none"):
         capsys.readouterr()
         evaluation.main([f"--out_dir={trained}", f"--score={path}", f"--plan={plan}"])
@@ -503,7 +505,7 @@ def test_everything_that_a_step_needs_is_on_the_device(
 
 def test_scores_are_on_the_cpu_before_they_become_float64(trained):
     opened = evaluation.load_run(trained)
-    corpus, _ = opened.split("val")
+    corpus = opened.split("val")
     model = opened.model("none").to("meta")
     # A meta tensor can't be copied to the CPU, so this is as far as it gets.
     with pytest.raises(NotImplementedError, match="Cannot copy"), NoFloat64():
@@ -531,7 +533,7 @@ def test_two_preparations_at_once_share_one_store(corpus, tmp_path, monkeypatch)
     prepare = functools.partial(data.prepare, str(corpus), "bpe", 300, tmp_path)
     stores = []
     # Meanwhile, another process prepares the same text from start to end.
-    act_before(monkeypatch, "data._write_splits", lambda *_: stores.append(prepare()), n=1)
+    act_before(monkeypatch, "data._write_store", lambda *_: stores.append(prepare()), n=1)
     assert prepare().path == stores[0].path
     assert list(tmp_path.iterdir()) == [stores[0].path]
 
