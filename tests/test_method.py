@@ -242,24 +242,10 @@ def test_the_plan_is_added_before_the_output_projection():
     x = draw(1, T, C)
     plan_vectors = draw(1, T, C, seed=1)
     added = attn(x, gpt.rotary, plan_vectors, torch.arange(T)[None]) - attn(x, gpt.rotary)
-    mapped = attn.plan_map(plan_vectors)
-    torch.testing.assert_close(added, attn.proj(mapped))
-    assert not torch.allclose(added, mapped)
+    torch.testing.assert_close(added, attn.proj(attn.plan_map(plan_vectors)))
 
 
 # --- the GPT and the planner ----------------------------------------------------------------------
-def test_the_loss_is_over_the_tokens_that_there_are():
-    """257 tokens, in a matrix of 320 rows; a target of -1 costs nothing."""
-    gpt = GPT(257, 8, 1, 2, 8).double()
-    tokens = torch.arange(16).view(2, 8)
-    log_probs = gpt(tokens).log_softmax(-1)
-    assert log_probs.shape == (2, 8, 257)
-    expected = -log_probs.gather(2, tokens[..., None])[..., 0]
-    is_padding = tokens > 9
-    found = gpt(tokens, tokens.masked_fill(is_padding, -1))
-    torch.testing.assert_close(found, expected.masked_fill(is_padding, 0))
-
-
 def test_the_loss_sums_the_gradients_of_its_chunks_in_float32():
     gpt = GPT(4096, T, 1, 2, C)
     x = draw(16, 256, C).float()
@@ -278,22 +264,15 @@ def test_the_loss_sums_the_gradients_of_its_chunks_in_float32():
 
 
 @torch.no_grad()
-def test_attention_depends_on_distances_alone_and_so_on_order(monkeypatch):
-    """In a planner: empty slots before the view change no logit."""
-    planner = draw_model("soft", planner_layer=1, planner_reach=700).planner
-    vectors = draw(1, 604, C)
-
-    def logits(vectors, n_empty=0):
-        opening = torch.full((1, n_empty + 4), n_empty)
-        return planner(vectors[:, -n_empty - 4:], opening)[:, n_empty:]
-
-    for n_empty in (1, 7, 600):
-        torch.testing.assert_close(logits(vectors, n_empty), logits(vectors))
+def test_the_planner_notices_the_order_of_sentences_by_rotation_alone(monkeypatch):
+    planner = draw_model("soft", planner_layer=1).planner
+    vectors = draw(1, 4, C)
+    opening = torch.zeros(1, 4)
 
     def moved_by_order():
-        # The last slot itself reads the third vector of the four; it attends to the first two.
-        swapped = vectors[:, [-3, -4, -2, -1]]
-        return float((logits(swapped) - logits(vectors))[:, -1].abs().max())
+        # The last slot itself reads the third vector; it attends to the first two.
+        swapped = planner(vectors[:, [1, 0, 2, 3]], opening)
+        return float((swapped - planner(vectors, opening))[:, -1].abs().max())
     assert moved_by_order() > 1e-3
     monkeypatch.setattr("model.rotate", lambda x, rotary: x)
     assert moved_by_order() < 1e-12
@@ -350,10 +329,11 @@ def naive_score(model):
 
 @pytest.mark.parametrize("view, block_size", [("document", T), ("equal", T), ("document", 11)])
 @every_plan
-def test_score_is_what_the_naive_way_finds(plan, view, block_size, device):
+def test_score_is_what_the_naive_way_finds_and_training_can_go_on(plan, view, block_size, device):
     model = draw_model(plan, view, block_size=block_size)
     naive_nll, naive_log_probs = naive_score(model)
-    nll, label_log_probs = score(model.to(device), CORPUS, batch_size=3)
+    nll, label_log_probs = score(model.train().to(device), CORPUS, batch_size=3)
+    assert model.training
     assert nll == pytest.approx(naive_nll)
     if model.planner is not None:
         assert label_log_probs == pytest.approx(naive_log_probs, abs=1e-5, nan_ok=True)
@@ -376,17 +356,6 @@ def test_scores_depend_neither_on_the_batch_size_nor_on_what_follows(plan):
     for n in range(2, N + 1, 3):
         prefix, _ = score(model, read(TOKENS[:n]))
         assert prefix == pytest.approx(nll[:n - 1])
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_scoring_leaves_the_model_and_the_random_state_as_they_were(training):
-    model = draw_model("gumbel").train(training)
-    weights = parameters_to_vector(model.parameters())
-    state = torch.get_rng_state()
-    score(model, CORPUS)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert model.training is training
-    assert torch.equal(parameters_to_vector(model.parameters()), weights)
 
 
 def test_the_planners_figures_are_those_of_its_log_probabilities():
@@ -434,15 +403,9 @@ def test_a_label_given_by_hand_is_the_plan_of_every_sentence_written():
 
 
 def test_follow_counts_the_finished_sentences_that_were_written(monkeypatch):
-    def generate(run, plan, prompt, n_tokens, seed, label):
-        # A prompt, two finished sentences, one unfinished.
-        return [
-            {"written": False, "label": label},
-            {"written": True, "label": label},
-            {"written": True, "label": 4},
-            {"written": True, "label": None},
-        ]
-    monkeypatch.setattr("eval.generate", generate)
-    share, frequency = follow(RUN, "soft", ["a", "b"], [1, 4])
-    assert share == 3 / 4
-    assert frequency == pytest.approx(RUN.bigram[0, [1, 4]].exp().mean().item())
+    # A prompt, two finished sentences, one unfinished.
+    labels = [0, 1, 4, None]
+    sentences = [{"written": label != 0, "label": label} for label in labels]
+    monkeypatch.setattr("eval.generate", lambda *_, **named: sentences)
+    frequency = RUN.bigram[0, [1, 4]].exp().mean().item()
+    assert follow(RUN, "soft", ["a", "b"], [1, 4]) == (1 / 2, pytest.approx(frequency))

@@ -11,7 +11,6 @@ import data
 import eval as evaluation
 import train
 from model import mix_labels
-from planner import Planner
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -28,16 +27,6 @@ def table(text):
     return [[cell.strip().replace("\\|", "|") for cell in row] for row in rows]
 
 
-def vectors_read(batch, window, slot):
-    """Which vectors move the planner's logits of a slot; sentence i has the i-th unit vector."""
-    n_slots = batch.vectors.shape[1]
-    planner = Planner(batch.vectors.shape[-1], 3, 1, 1, 8, n_slots).double()
-    vectors = batch.vectors.double().clone().requires_grad_()
-    planner(vectors, batch.opening)[window, slot - batch.labels.shape[1]].square().sum().backward()
-    moving = vectors[window][vectors.grad[window].abs().sum(1) > 0]
-    return ", ".join(f"v{i}" for i in moving.argmax(1).tolist()) or "nothing yet"
-
-
 def test_the_timeline_is_what_the_code_makes_of_its_tokens():
     # Each word becomes one token.
     tokenizer = data.bpe_tokenizer(data.train_bpe(TEXTS * 2, 4096))
@@ -46,18 +35,22 @@ def test_the_timeline_is_what_the_code_makes_of_its_tokens():
     # A label tells its sentence.
     corpus.labels = np.arange(corpus.n_sentences)
     batch = data.window_batch(corpus, np.array([0, T]), T, 48)
+    S = batch.labels.shape[1]
     rows = table(TIMELINE)
     assert len(rows) == 6
     for cells in rows:
         n = int(cells[0])
         window, t = divmod(n, T)
-        slot = int(batch.sentence_id[window, t])
+        # Counted from the end, because vectors have more slots than labels.
+        slot = int(batch.sentence_id[window, t]) - S
         planned = int(batch.labels[window, slot])
         own = int(corpus.sentence_of(n))
         token = tokenizer.decode([int(batch.tokens[window, t])]).replace(" ", "␣")
         target = tokenizer.decode([int(batch.targets[window, t])]).replace(" ", "␣")
         shown = str(planned) if planned == own else f"**{planned}**"
-        read = vectors_read(batch, window, slot)
+        # Sentence i has the i-th unit vector.
+        seen = batch.vectors[window, batch.opening[window, slot]:slot].argmax(1).tolist()
+        read = ", ".join(f"v{i}" for i in seen) or "nothing yet"
         assert cells[1:] == [str(window), f"`{token}`", f"`{target}`", shown, read]
 
 

@@ -28,10 +28,7 @@ def run(tmp_path_factory):
     """All plans, trained for a few steps on documents full of markup, and their report."""
     folder = tmp_path_factory.mktemp("report")
     markup = " and also ".join(MARKUP)
-    documents = []
-    for i in range(200):
-        documents.append(f"Sentence number {i} of a small text. It quotes {markup} and goes on for "
-                         f"a while.\nThe end of document number {i}.")
+    documents = [f"Number {i} of some texts. It quotes {markup}.\nIts end." for i in range(200)]
     (folder / "text.txt").write_text("\n<|endoftext|>\n".join(documents), "utf-8")
     options = dict(preset="tiny", data=folder / "text.txt", out_dir=folder / "out", plans="all",
                    cache_dir=folder / "cache", vocab_size=300, device="cpu", dtype="float32")
@@ -62,14 +59,11 @@ class Page(HTMLParser):
             self.texts[-1] += text
 
 
-def test_the_page_loads_nothing(run):
+def test_the_page_loads_nothing_and_shows_markup_as_text(run):
     page = Page(run)
     assert not page.names & {"link", "iframe", "object", "base", "src"}
     assert not re.search(r"\b(fetch|XMLHttp|import|innerHTML|url)\b", page.styles + page.code)
-
-
-def test_no_text_of_the_corpus_ends_the_element_that_holds_it(run):
-    text = "".join(Page(run).data["documents"]["tokens"])
+    text = "".join(page.data["documents"]["tokens"])
     assert all(markup in text for markup in MARKUP)
 
 
