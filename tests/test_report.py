@@ -8,43 +8,28 @@ from pathlib import Path
 
 import pytest
 
-import train
+from data import EOT
 from eval import evaluate, load_run, score
 from model import PLANS
 
 sys.path.append(str(Path(__file__).parent.parent / "assets"))
 report = importlib.import_module("report")
 
-MARKUP = [
-    "</script><script>alert(1)</script>",
-    "<!-- never closed",
-    "<b class='x'>\"bold\"</b> &",
-    "\u2028 café 日本 \U0001f600 \x01",
-]
-
-
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """All plans, trained for a few steps on documents full of markup, and their report."""
-    folder = tmp_path_factory.mktemp("report")
-    markup = " and also ".join(MARKUP)
-    documents = [f"Number {i} of some texts. It quotes {markup}.\nIts end." for i in range(200)]
-    (folder / "text.txt").write_text("\n<|endoftext|>\n".join(documents), "utf-8")
-    options = dict(preset="tiny", data=folder / "text.txt", out_dir=folder / "out", plans="all",
-                   cache_dir=folder / "cache", vocab_size=300, device="cpu", dtype="float32")
-    train.main([f"--{name}={value}" for name, value in options.items()])
-    report.main([f"--out_dir={folder / 'out'}"])
-    return load_run(folder / "out")
+def opened(trained):
+    """A run of all plans on documents full of markup, with its report."""
+    report.main([f"--out_dir={trained}"])
+    return load_run(trained)
 
 
 class Page(HTMLParser):
     """A report as a browser reads it."""
 
-    def __init__(self, run):
+    def __init__(self, opened):
         super().__init__()
         self.names = set()                  # of all elements and attributes
         self.texts = []                     # of the elements that are not shown
-        self.feed((run.out_dir / "report.html").read_text("utf-8"))
+        self.feed((opened.out_dir / "report.html").read_text("utf-8"))
         self.styles, json_text, self.code = self.texts
         # NaN is not JSON.
         self.data = json.loads(json_text, parse_constant=pytest.fail)
@@ -59,24 +44,25 @@ class Page(HTMLParser):
             self.texts[-1] += text
 
 
-def test_the_page_loads_nothing_and_shows_markup_as_text(run):
-    page = Page(run)
+def test_the_page_loads_nothing_and_shows_markup_as_text(corpus, opened):
+    page = Page(opened)
     assert not page.names & {"link", "iframe", "object", "base", "src"}
     assert not re.search(r"\b(fetch|XMLHttp|import|innerHTML|url)\b", page.styles + page.code)
-    text = "".join(page.data["documents"]["tokens"])
-    assert all(markup in text for markup in MARKUP)
+    shown = "".join(page.data["documents"]["tokens"]).split(EOT)[1:-1]
+    text = corpus.read_text("utf-8")
+    assert shown and all(document in text for document in shown)
 
 
-def test_the_figures_are_evals_and_every_token_has_the_nats_of_every_plan(run):
-    shown = Page(run).data
-    corpus = run.split("val")
-    assert shown["results"] == evaluate(run, corpus, "val")
+def test_the_figures_are_evals_and_every_token_has_the_nats_of_every_plan(opened):
+    shown = Page(opened).data
+    corpus = opened.split("val")
+    assert shown["results"] == evaluate(opened, corpus, "val")
     documents = shown["documents"]
-    corpus = run.labeler.label(report.example_documents(corpus, run.tokenizer))
+    corpus = opened.labeler.label(report.example_documents(corpus, opened.tokenizer))
     assert list(documents["nll"]) == list(PLANS)
     assert documents["labels"] == corpus.labels.tolist()
     for plan in PLANS:
-        nll, label_log_probs = score(run.model(plan), corpus)
+        nll, label_log_probs = score(opened.model(plan), corpus)
         assert documents["nll"][plan] == pytest.approx(nll, abs=1e-4)
         assert (plan in documents["top"]) == (label_log_probs is not None)
         if label_log_probs is not None:
