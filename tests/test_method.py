@@ -241,8 +241,10 @@ def test_the_plan_is_added_before_the_output_projection():
     attn = gpt.blocks[0].attn
     x = draw(1, T, C)
     plan_vectors = draw(1, T, C, seed=1)
-    added = attn(x, gpt.rotary, plan_vectors, torch.arange(T)[None]) - attn(x, gpt.rotary)
-    torch.testing.assert_close(added, attn.proj(attn.plan_map(plan_vectors)))
+    without = attn(x, gpt.rotary)
+    planned = attn(x, gpt.rotary, plan_vectors, torch.arange(T)[None])
+    mapped = attn.plan_map(plan_vectors)
+    torch.testing.assert_close(planned, without + attn.proj(mapped))
 
 
 # --- the GPT and the planner ----------------------------------------------------------------------
@@ -271,8 +273,9 @@ def test_the_planner_notices_the_order_of_sentences_by_rotation_alone(monkeypatc
 
     def moved_by_order():
         # The last slot itself reads the third vector; it attends to the first two.
+        logits = planner(vectors, opening)
         swapped = planner(vectors[:, [1, 0, 2, 3]], opening)
-        return float((swapped - planner(vectors, opening))[:, -1].abs().max())
+        return (swapped - logits)[:, -1].abs().max()
     assert moved_by_order() > 1e-3
     monkeypatch.setattr("model.rotate", lambda x, rotary: x)
     assert moved_by_order() < 1e-12
@@ -374,9 +377,9 @@ RUN = SimpleNamespace(labeler=LABELER, tokenizer=TOKENIZER, device=CPU,
                       autocast=choose_autocast("float32", CPU), bigram=draw(1, K))
 
 
-def generation_nll(model, t, n_prompt=0, label=None):
+def generation_nll(model, t, *prompt_and_label):
     """What token t + 1 costs when generation has come to it."""
-    logits = next_logits(RUN, model, TOKENS[:t + 1].tolist(), n_prompt, label)
+    logits = next_logits(RUN, model, TOKENS[:t + 1].tolist(), *prompt_and_label)
     return -float(logits.log_softmax(0)[TOKENS[t + 1]])
 
 

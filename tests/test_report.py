@@ -50,7 +50,8 @@ def test_the_page_loads_nothing_and_shows_markup_as_text(corpus, opened):
     assert not re.search(r"\b(fetch|XMLHttp|import|innerHTML|url)\b", page.styles + page.code)
     shown = "".join(page.data["documents"]["tokens"]).split(EOT)[1:-1]
     text = corpus.read_text("utf-8")
-    assert shown and all(document in text for document in shown)
+    assert shown
+    assert all(document in text for document in shown)
 
 
 def test_the_figures_are_evals_and_every_token_has_the_nats_of_every_plan(opened):

@@ -251,7 +251,7 @@ def test_muon_takes_the_steps_that_numpy_takes_and_they_are_nearly_orthogonal(M,
             p.grad = torch.from_numpy(g)
         muon.step()
         momentum = 0.95 * momentum + 0.05 * gradient
-        # The Newton-Schulz steps change the singular values alone, towards 1.
+        # The Newton-Schulz steps change the singular values alone.
         u, s, v = np.linalg.svd(0.95 * momentum + 0.05 * gradient, full_matrices=False)
         s /= np.linalg.norm(s, axis=1, keepdims=True)
         for _ in range(4):
