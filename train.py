@@ -142,7 +142,8 @@ STAGE_OPTIONS = {
     "lm": ["tokenizer", "vocab_size", "seed", "dtype", "n_layer", "n_head", "n_embd", "block_size",
            "batch_size", "grad_accum", "lm_steps", "muon_lr", "lm_lr", "weight_decay"],
     "labels": ["n_labels"],
-    "planner": ["planner_embd", "planner_layer", "planner_reach", "planner_view", "planner_steps", "planner_lr"],
+    "planner": ["planner_embd", "planner_layer", "planner_reach", "planner_view", "planner_steps",
+                "planner_lr"],
     "joint": ["joint_steps", "joint_lr", "joint_planner_lr", "unfreeze_step", "gumbel_tau"],
 }
 

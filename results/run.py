@@ -59,7 +59,8 @@ def as_long(factor=1, more=0):
 
 def window(block_size, more):
     """Options for longer windows, with as many tokens in a step."""
-    return f"--block_size={block_size} --batch_size={C.batch_size * C.block_size // block_size} {more}"
+    batch_size = C.batch_size * C.block_size // block_size
+    return f"--block_size={block_size} --batch_size={batch_size} {more}"
 
 
 FIVE = (6, 7, 8, 9, 10)
@@ -164,7 +165,7 @@ def measure(out, part):
 
 
 def places(run, corpus, nll):
-    """Mean nats by a token's place in its sentence, and by whether its window saw the document begin.
+    """Mean nats by a token's place in its sentence, and by whether its document began in its window.
 
     The last of the places stands for itself and all later ones.
     """
@@ -201,7 +202,7 @@ def explained(run, corpus, label_log_probs):
 
 
 def follow_figures(run, plan, n_prompts=60):
-    """Whether sentences follow a label drawn at random, after the openings of validation documents."""
+    """Whether sentences follow a label drawn at random; prompts are openings of documents."""
     corpus = run.split("val")
     rng = np.random.default_rng(0)
     labels = rng.integers(run.config.n_labels, size=n_prompts)
@@ -240,8 +241,8 @@ def entries(run):
 def compare(run, other, share="0.5"):
     """The change of perplexity in percent, its 99 % interval, and whether it is decided.
 
-    The variance is that of the mean over seeds plus that of a bootstrap over documents. Decided: all
-    seeds have its sign, and the interval leaves out 0.
+    The variance is that of the mean over seeds plus that of a bootstrap over documents. Decided:
+    all seeds have its sign, and the interval leaves out 0.
     """
     ours = entries(run)
     theirs = entries(other)

@@ -249,7 +249,7 @@ def train_run(out, *options):
 
 
 def default():
-    """`python train.py` from nothing: its time, what plans gain, and plain training in that time."""
+    """`python train.py` from nothing: its time, what plans gain, and `none` for that time."""
     c = train.Config()
     store = docstrings()
     *_, soft = step_table(["none", "soft"], c, label_at_random(store, c), {}, rounds=40)
@@ -299,7 +299,7 @@ def default():
 
 def loss():
     """The seconds that stage lm takes to reach the yardstick's final loss. Only steps count."""
-    c = train.Config(n_layer=4, n_head=3, n_embd=192, block_size=256, batch_size=8)
+    c = train.Config(n_layer=4, n_head=3, n_embd=192, planner_embd=192, block_size=256, batch_size=8)
     store = docstrings()
     corpus = store.split("train")
     trainings = {}
@@ -350,7 +350,8 @@ def step():
         aims = {}
         if not ON_GPU and FAST_BFLOAT16 == is_for_bfloat16:
             aims = {name: (">=", x, "x yardstick") for name, x in zip(("none", "soft"), least)}
-        rows += step_table(["yardstick", "none", "hard", "soft"], c, label_at_random(store, c), aims)
+        corpus = label_at_random(store, c)
+        rows += step_table(["yardstick", "none", "hard", "soft"], c, corpus, aims)
     if ON_GPU:
         c = train.Config(**train.PRESETS["gpu"] | {"vocab_size": 50257})
         aims = {"none": (">=", 0.4, "x matrix rate"), "soft": (">=", 0.95, "x none")}
@@ -479,7 +480,7 @@ def machine():
 
 
 def main():
-    benchmarks = {"default": default, "loss": loss, "step": step, "kmeans": kmeans, "prepare": prepare}
+    benchmarks = {function.__name__: function for function in (default, loss, step, kmeans, prepare)}
     parser = argparse.ArgumentParser("bench.py", description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="BENCHMARK", help=", ".join(benchmarks))
