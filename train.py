@@ -88,7 +88,6 @@ class Config:
     joint_lr: float = opt(5e-3, "peak AdamW learning rate in stage joint; Muon's is multiplied by "
                           "joint_lr / lm_lr", 0)
     joint_planner_lr: float = opt(1e-3, "peak learning rate of the planner in stage joint", 0)
-    unfreeze_step: int = opt(0, "step of stage joint from which the planner is trained", 0)
     gumbel_tau: float = opt(1.0, "temperature of the plan gumbel", 1e-3)
     weight_decay: float = opt(0.1, "weight decay of all matrices but label_emb", 0)
     eval_every: int = opt(200, "steps between validations, and between checkpoints")
@@ -144,7 +143,7 @@ STAGE_OPTIONS = {
     "labels": ["n_labels"],
     "planner": ["planner_embd", "planner_layer", "planner_reach", "planner_view", "planner_steps",
                 "planner_lr"],
-    "joint": ["joint_steps", "joint_lr", "joint_planner_lr", "unfreeze_step", "gumbel_tau"],
+    "joint": ["joint_steps", "joint_lr", "joint_planner_lr", "gumbel_tau"],
 }
 
 
@@ -286,9 +285,6 @@ def fit(c, s, name, model, steps, parts):
             # Scale the loss so that accumulated gradients average over micro-batches.
             (micro_loss / n_micro).backward()
             loss += micro_loss.detach() / n_micro
-        if stage == "joint" and step < c.unfreeze_step and model.planner is not None:
-            # AdamW leaves parameters without a gradient alone.
-            model.planner.zero_grad()
 
         # 3. Clip and step.
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

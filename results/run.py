@@ -25,9 +25,9 @@ import numpy as np
 import data
 import train
 from eval import count_bytes, follow, load_run, score, summary, versions
+from labels import label_before
 from model import PLANS
 
-MARKS = "<!-- tables -->", "<!-- end of tables -->"
 WORK = ROOT / "cache" / "results"
 C = train.Config()
 # Seconds of a step of `soft`, and of stages labels and planner, in steps of `none`
@@ -124,12 +124,13 @@ def share_stages(out, config):
     """Copy finished stages of other runs that were made with the options of this one."""
     data.make_folder(out)
     names = ["data"]
-    for stage in ("lm", "labels", "planner"):
-        names += train.STAGE_OPTIONS[stage]
+    for stage, more in train.STAGE_OPTIONS.items():
+        names += more
         wanted = [getattr(config, name) for name in names]
-        for path in WORK.glob(f"*/{stage}.pt"):
+        for path in WORK.glob(f"*/{stage}*.pt"):
             other = data.read_json(path.parent / "config.json")
-            if [other[name] for name in names] == wanted and not (out / path.name).exists():
+            is_wanted = [other[name] for name in names] == wanted and "partial" not in path.name
+            if is_wanted and not (out / path.name).exists():
                 shutil.copy(path, out)
 
 
@@ -141,9 +142,17 @@ def measure(out, part):
     # The first token is not scored.
     sentence = corpus.sentence_of(np.arange(1, len(corpus.tokens)))
     document = np.searchsorted(corpus.documents, sentence, side="right") - 1
-    figures = {"tokens": np.bincount(document).tolist(), "bytes": n_bytes,
-               "seconds": data.read_json(out / "results.json")["seconds"], "plans": {}}
-    for plan in run.plans():
+    costs = run.bigram[label_before(corpus, run.config.n_labels), corpus.labels]
+    figures = {
+        "tokens": np.bincount(document).tolist(),
+        "sentences": corpus.n_sentences,
+        "bytes": n_bytes,
+        "seconds": data.read_json(out / "results.json")["seconds"],
+        "unigram_ce": -float(run.bigram[-1, corpus.labels].mean()),
+        "bigram_ce": -float(costs.mean()),
+        "plans": {},
+    }
+    for plan in run.config.plans.split(","):
         model = run.model(plan)
         sums = {}
         # At a stride of 1/8, scoring takes four times as long, so some plans do without.
@@ -287,35 +296,141 @@ def head(*cells):
     return [row(*cells), row(*("---" for _ in cells))]
 
 
-def tables():
-    """Every table of the page whose parts are there, as lines of Markdown."""
-    lines = ["### Nine plans", "", *head("plan", "perplexity", "against `none`, 99 % interval",
-                                         "bits per byte", "label nats")]
-    plans = list(PLANS)
-    for plan in plans:
-        run = f"claims::{plan}"
-        against = "" if plan == "none" else change(run, "claims::none")
+def plan_table(part, plans):
+    """The table of a part's plans: perplexity, its change, bits per byte, nats per label."""
+    lines = head("plan", "perplexity", "against `none`", "bits per byte", "label nats")
+    none = f"{part}::none"
+    for name, run in plans.items():
         label_nats = mean_of(run, "planner_ce")
-        lines.append(row(f"`{plan}`", f"{mean_of(run, 'ppl'):.2f}", against,
-                         f"{mean_of(run, 'bits_per_byte'):.4f}",
-                         f"{label_nats:.2f}" if label_nats else ""))
-    for variant in ("as long", "as long as all stages"):
-        run = f"claims:{variant}:none"
-        lines.append(row(f"`none`, {variant}", f"{mean_of(run, 'ppl'):.2f}",
-                         change(run, "claims::none"), f"{mean_of(run, 'bits_per_byte'):.4f}", ""))
-    lines += ["", "### Comparisons", "", *head("plan", "against", "change, 99 % interval")]
+        lines.append(row(
+            name,
+            f"{mean_of(run, 'ppl'):.2f}",
+            "" if run == none else change(run, none),
+            f"{mean_of(run, 'bits_per_byte'):.3f}",
+            f"{label_nats:.2f}" if label_nats else "",
+        ))
+    return lines
+
+
+def claims():
+    plans = {f"`{plan}`": f"claims::{plan}" for plan in PLANS}
+    plans["`none`, as long as `soft`"] = "claims:as long:none"
+    plans["`none`, as long as `soft` and its planner"] = "claims:as long as all stages:none"
+    return plan_table("claims", plans)
+
+
+def comparisons():
+    lines = head("plan", "against", "change of perplexity")
     for run, other in COMPARISONS:
         lines.append(row(f"`{run}`", f"`{other}`", change(run, other)))
     return lines
 
 
+def memory():
+    """The gain of `soft` against what the GPT sees at least: a window less its stride."""
+    lines = head("the GPT sees at least", "planner reads the document", "planner reads 64 tokens")
+    for share in PARTS["claims"].strides:
+        seen = round(C.block_size * (1 - share))
+        lines.append(row(f"{seen} tokens", change("claims::soft", "claims::none", str(share)),
+                         change("view::soft", "claims::none", str(share))))
+    return lines
+
+
+def training():
+    """The gain of `soft` as stages lm and joint get longer, and what plain training gains."""
+    lines = head("steps of stages lm and joint", "perplexity of `none`", "`soft`",
+                 "`none`, as long as `soft`")
+    for name in ("claims", "longer_4", "longer_16"):
+        lines.append(row(
+            f"{name.partition('_')[2] or '1'} x",
+            f"{mean_of(f'{name}::none', 'ppl'):.2f}",
+            change(f"{name}::soft", f"{name}::none"),
+            change(f"{name}:as long:none", f"{name}::none"),
+        ))
+    return lines
+
+
+def sentence():
+    """What a label costs and saves, in nats a sentence; what plans say of the next vector."""
+    names = ["unigram_ce", "bigram_ce", "sentences", "tokens"]
+    found = {name: [] for name in names}
+    for entry in data.read_json(ROOT / "results" / "claims.json")["runs"]:
+        for name in names:
+            found[name].append(np.sum(entry["variants"][""][name]))
+    unigram, bigram, sentences, tokens = (np.mean(found[name]) for name in names)
+    length = tokens / sentences
+    saved = {}
+    for plan in ("oracle", "soft"):
+        saved[plan] = mean_of("claims::none", "nll") - mean_of(f"claims::{plan}", "nll")
+    explained = [entry["explained"] for entry in entries("claims::soft_frozen").values()]
+    lines = head("nats a sentence", "")
+    lines.append(row("the label, by its frequency", f"{unigram:.2f}"))
+    lines.append(row("the label, by the label before", f"{bigram:.2f}"))
+    lines.append(row("the label, by the planner", f"{mean_of('claims::hard', 'planner_ce'):.2f}"))
+    lines.append(row("what the true label saves the GPT", f"{saved['oracle'] * length:.2f}"))
+    lines.append(row("what `soft` saves the GPT", f"{saved['soft'] * length:.2f}"))
+    lines += ["", *head("plan vector", "share of the variance of the next sentence's vector")]
+    for name in explained[0]:
+        share = np.mean([shares[name] for shares in explained])
+        lines.append(row(f"embedding of the {name} label" if name != "mixture" else "mixture",
+                         f"{share:.2f}"))
+    return lines
+
+
+def place():
+    """What `soft` saves, by a token's place in its sentence and by where its document began."""
+    ours = list(entries("claims::soft").values())
+    theirs = list(entries("claims::none").values())
+    lines = head("tokens", "`soft` saves, nats a token")
+    for name, label in (("document_begins_inside", "document begins in the window"),
+                        ("document_begins_before", "document began before")):
+        saved = np.mean([a[name] - b[name] for a, b in zip(theirs, ours)])
+        lines.append(row(label, f"{saved:.3f}"))
+    saved = np.mean([np.subtract(a["by_place"], b["by_place"]) for a, b in zip(theirs, ours)], axis=0)
+    for i, x in enumerate(saved):
+        lines.append(row(f"place {i}" if i < 8 else "place 8 and later", f"{x:.3f}"))
+    return lines
+
+
+def following():
+    lines = head("GPT trained under", "sentences with the label asked for", "by its frequency")
+    for plan in ("hard", "soft", "oracle"):
+        figures = [entry["follow"] for entry in entries(f"follow::{plan}").values()]
+        share = np.mean([entry["share"] for entry in figures])
+        expected = np.mean([entry["expected"] for entry in figures])
+        lines.append(row(f"`{plan}`", f"{share:.0%}", f"{expected:.1%}"))
+    return lines
+
+
+def others():
+    """Longer windows and another text."""
+    lines = head("run", "perplexity of `none`", "`hard`", "`soft`", "`soft`, equal view")
+    for name in ("window_128", "window_256", "wikipedia"):
+        if not (ROOT / "results" / f"{name}.json").exists():
+            continue
+        none = f"{name}::none"
+        lines.append(row(name, f"{mean_of(none, 'ppl'):.2f}", change(f"{name}::hard", none),
+                         change(f"{name}::soft", none), change(f"{name}:equal:soft", none)))
+    return lines
+
+
 def write_tables():
-    """Put the tables between the two marks of results/README.md."""
-    page = ROOT / "results" / "README.md"
-    before, _, rest = page.read_text("utf-8").partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    lines = [MARKS[0], "", *tables(), "", MARKS[1]]
-    page.write_text(before + "\n".join(lines) + after, "utf-8")
+    """Put each table between its two marks in results/README.md."""
+    path = ROOT / "results" / "README.md"
+    page = path.read_text("utf-8")
+    for table in (claims, comparisons, memory, training, sentence, place, following, others):
+        name = table.__name__
+        before, begin, rest = page.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition(f"<!-- end of {name} -->")
+        # A table whose part has not been run has no marks.
+        if begin:
+            page = before + begin + "\n" + "\n".join(table()) + "\n\n" + end + after
+    path.write_text(page, "utf-8")
+
+
+def read_runs(path):
+    """The entries of results/PART.json."""
+    return data.read_json(path)["runs"] if path.exists() else []
 
 
 def main():
@@ -331,12 +446,12 @@ def main():
     for name in options.parts or PARTS:
         path = ROOT / "results" / f"{name}.json"
         for seed in [options.seed] if options.seed else PARTS[name].seeds:
-            results = {"runs": []}
-            if path.exists():
-                results = data.read_json(path)
-            if seed in [entry["seed"] for entry in results["runs"]]:
+            if seed in [entry["seed"] for entry in read_runs(path)]:
                 continue
-            results["runs"].append(make_seed(name, seed))
+            entry = make_seed(name, seed)
+            # Read again: another process may have added a seed.
+            runs = sorted([*read_runs(path), entry], key=lambda entry: entry["seed"])
+            results = {"runs": runs}
             results |= {"command": f"python results/run.py {name}", "versions": versions(),
                         "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}"}
             data.write_json(path, results)

@@ -299,7 +299,8 @@ def default():
 
 def loss():
     """The seconds that stage lm takes to reach the yardstick's final loss. Only steps count."""
-    c = train.Config(n_layer=4, n_head=3, n_embd=192, planner_embd=192, block_size=256, batch_size=8)
+    c = train.Config(n_layer=4, n_head=3, n_embd=192, planner_embd=192, block_size=256,
+                     batch_size=8)
     store = docstrings()
     corpus = store.split("train")
     trainings = {}
@@ -480,7 +481,8 @@ def machine():
 
 
 def main():
-    benchmarks = {function.__name__: function for function in (default, loss, step, kmeans, prepare)}
+    functions = default, loss, step, kmeans, prepare
+    benchmarks = {function.__name__: function for function in functions}
     parser = argparse.ArgumentParser("bench.py", description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="BENCHMARK", help=", ".join(benchmarks))

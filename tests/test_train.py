@@ -262,10 +262,8 @@ def test_muon_takes_the_steps_that_numpy_takes_and_they_are_nearly_orthogonal(M,
     assert np.allclose(torch.stack(matrices).detach(), expected, atol=1e-6)
 
 
-def test_stage_joint_starts_from_earlier_stages_and_the_planner_rests_until_unfreeze_step(
-        run, trained, tmp_path):
-    # The planner has a rate of its own, which is not 0.
-    out = run(tmp_path / "out", "--plans=soft", "--joint_lr=0", "--unfreeze_step=6")
+def test_stage_joint_starts_from_earlier_stages(run, trained, tmp_path):
+    out = run(tmp_path / "out", "--plans=soft", "--joint_lr=0", "--joint_planner_lr=0")
     # Stage planner trains the planner alone.
     before = weights(out / "planner.pt") | weights(out / "lm.pt")
     before["gpt.label_emb"] = weights(out / "labels.pt")["centroids"]
