@@ -24,7 +24,8 @@ if [ "$DRY" = 1 ]; then
     export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES="" RESULTS=$WORK/gpu.json
     TESTS=tests/test_data.py
     OPTIONS+=(--device=cpu --vocab_size=512 --n_layer=1 --n_head=2 --n_embd=32 --block_size=256
-        --n_labels=16 --planner_embd=32 --planner_layer=1 --planner_reach=8 --batch_size=2 --grad_accum=2)
+        --n_labels=16 --planner_embd=32 --planner_layer=1 --planner_reach=8 --batch_size=2
+        --grad_accum=2)
 fi
 OPTIONS+=("${@:2}")
 
