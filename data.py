@@ -5,7 +5,8 @@ Three decisions shape this file:
   splitter that looks ahead would tell the model, through the moment at which the plan changes,
   what the next token will be.
 - Our tokenizer glues a space to the word before it ("end. " + "Next "), so a sentence boundary
-  falls between two tokens. GPT-2's glues it to the word after, which then ends the old sentence.
+  falls between two tokens. GPT-2's glues it to the word after, which then falls into the old
+  sentence.
 - A corpus is a stream `<|endoftext|> document <|endoftext|> document <|endoftext|> ...`. Its tokens
   alone say where sentences and documents start.
 """
@@ -53,7 +54,7 @@ def as_input_error(message, *errors):
 
 # --- sentences ------------------------------------------------------------------------------------
 MIN_BYTES = 24          # a sentence is at least this long, unless it is the last of its document
-SOFT_BYTES = 240        # from this length on, any space ends it
+SOFT_BYTES = 240        # from this length on, any space or full-width stop ends it
 HARD_BYTES = 320        # at this length it ends after the next whole character
 # Each alternative ends at the byte that it consumes and looks only backwards, so the leftmost match
 # is also the first boundary, whatever follows. In order: a space after a stop; the same with a
@@ -210,9 +211,9 @@ def window_batch(corpus, starts, block_size, reach=0, view_tokens=None):
       1. Cut out tokens and targets.
       2. Find the sentence of each target. The sentences from the first to the last of them are
          touched by this window; they need a plan.
-      3. The planner reads these and up to `reach` sentences before them, all of the same document.
-         With view_tokens, it reads only those that lie within so many tokens before the sentence
-         that it plans.
+      3. The planner reads these and up to `reach` sentences before them; for each sentence that it
+         plans, only those of its own document. With view_tokens, it reads only those that lie
+         wholly within that many tokens before the sentence.
       4. Put them into P slots, the last one into the last slot (see _fill_slots).
 
     A window that touches sentences 7 to 9, whose document opened with sentence 4, at reach = 2
@@ -266,7 +267,7 @@ def _fill_slots(batch, corpus, sentence, reach, view_tokens):
     labels[index < touched] = -1
     batch.sentence_id = torch.from_numpy(sentence - last + S - 1)
     batch.opening = torch.tensor(opening - index[:, :1])
-    # Copies, because compiled code would tell views from whole arrays.
+    # Copies: torch.compile would compile once more for views.
     batch.labels = torch.tensor(labels[:, -S:])
     batch.previous = torch.tensor(previous[:, -S:])
     if corpus.vectors is not None:
@@ -321,7 +322,7 @@ def train_bpe(texts, vocab_size):
     for text in texts:
         counts.update(re.findall(PATTERN, text))
     words = {word: [bytes([b]) for b in word.encode()] for word in counts}
-    # A pair is known by its concatenation. `places` says which words may contain it.
+    # A pair is identified by its concatenation. `places` says which words may contain it.
     pairs = Counter()
     places = defaultdict(set)
     changed = set()
@@ -632,7 +633,7 @@ def load_weights(module, path):
     """
     checkpoint = read_checkpoint(path)
     with as_input_error(
-        f"{path} does not fit the model: if you changed the code, take another out_dir",
+        f"{path} does not fit the model: if you changed the code, use another out_dir",
         RuntimeError
     ):
         module.load_state_dict(checkpoint.pop("model"))

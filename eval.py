@@ -28,7 +28,7 @@ from planner import build_model
 
 # --- perplexity -----------------------------------------------------------------------------------
 def window_starts(n_tokens, block_size, stride=None):
-    """Where windows start that have each of n_tokens tokens but the first among their targets.
+    """Where windows start so that every token but the first is a target.
 
     They advance by `stride` tokens: half a window unless told otherwise.
     """
@@ -47,7 +47,7 @@ def score(
     batch_size=None,
     stride=None,
 ):
-    """Score each of the first max_tokens tokens (default: all N) but the first.
+    """Score tokens 1 to max_tokens - 1; by default, all but the first.
 
     Returns the nll in nats (N-1,) and the planner's log probabilities of a label (n+1, K) before
     each sentence begins: NaN for sentences whose first token is not scored, None without a planner.
@@ -261,7 +261,7 @@ def generate(
 
 
 def follow(run, plan, prompts, labels, n_tokens=60, seed=0):
-    """Whether the GPT follows a plan given by hand: each prompt is continued under its label.
+    """How often the GPT follows a plan given by hand: each prompt is continued under its label.
 
     Of the finished sentences written under a label, the share that has it; and, averaged over the
     same sentences, how frequent the label is among the training sentences.

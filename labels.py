@@ -4,7 +4,7 @@ A sentence's vector is the mean of its token embeddings in the GPT of stage lm, 
 a / (a + p(token)), which tones down frequent tokens. The mean of all training sentences is
 subtracted and the length made 1. Source: SIF, Arora, Liang and Ma, "A Simple but Tough-to-Beat
 Baseline for Sentence Embeddings", ICLR 2017, which removes a principal component instead of the
-mean. NOTE(paper): there, a pretrained sentence encoder gives the vectors.
+mean. NOTE(paper): the paper's vectors are those of a pretrained sentence encoder.
 """
 
 import itertools
@@ -83,8 +83,8 @@ def kmeans(x, k, seed=0, max_iters=50, tol=1e-4, device="cpu"):
     """Lloyd's algorithm on x (N, E), from k-means++ -> centroids (K, E), labels (N,), inertia.
 
     The inertia is the sum of squared distances. Stops when an iteration lowers it by less than
-    a fraction `tol`. An empty cluster moves to the point that is farthest from its centroid. Raises
-    InputError if there are fewer points than clusters.
+    a fraction `tol`. An empty cluster moves to the point that is farthest from its own centroid.
+    Raises InputError if there are fewer points than clusters.
     """
     if not 1 <= k <= len(x):
         raise InputError(
@@ -161,11 +161,11 @@ def label_before(corpus, k):
 
 
 def label_bigram(corpus, k):
-    """(K+2, K) log probabilities of a label, which a planner must beat.
+    """(K+2, K) log probabilities of the next label, which a planner must beat.
 
     Row i: after label i; row K: at the start of a document; row K+1: by frequency alone. Each of
-    the first K+1 rows gets 128 pseudo-counts, spread by label frequency: the best power of two on
-    the default validation split.
+    the first K+1 rows gets 128 pseudo-counts, spread by label frequency; 128 was the best power of
+    two on the validation split of an earlier default.
     """
     pairs = label_before(corpus, k) * k + corpus.labels
     counts = np.bincount(pairs, minlength=(k + 1) * k).reshape(k + 1, k)

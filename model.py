@@ -7,7 +7,7 @@ How this GPT differs from GPT-2:
 - Every block can be conditioned on a plan: a linear map of the sentence's plan vector, which starts
   at zero, is added to the attention output before the output projection.
 - Rotary positions; no biases except in the norms; no dropout.
-- The token embeddings are normalised before the first block, and the output matrix is another one.
+- The token embeddings are normalised before the first block, and not tied to the output matrix.
 - Each position adds a learned share of the embedding before it, channel by channel: the token shift
   of RWKV, Peng et al., arXiv 2305.13048.
 """
@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# See the README for what each plan is for. To add one, name it here and give mix_labels a branch.
+# The README says what each plan is for, and how to add one.
 PLANS = (
     "none",
     "fixed",
@@ -49,7 +49,7 @@ def mix_labels(
 
     labels and previous (B, S) are the true label of each sentence and that of the sentence before
     it, -1 if there is none. Only `oracle` and `previous` look at them. In training, `gumbel` draws
-    from torch's global random state at temperature tau. Raises ValueError for any other plan.
+    from torch's global random state at temperature tau. Raises ValueError for `none`.
     Source: "End-to-end Planner Training for Language Modeling", arXiv 2410.12492.
     """
     K = label_emb.shape[0]
@@ -174,7 +174,7 @@ class Block(nn.Module):
 
 
 def init_weights(module, n_layer, seed):
-    """GPT-2's initialisation: N(0, 0.02^2), smaller by sqrt(2 n_layer) where a matrix writes into
+    """GPT-2's initialisation: N(0, 0.02^2), divided by sqrt(2 n_layer) where a matrix writes into
     the residual stream. Plan maps start at zero, so that all plans begin with the same loss.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -215,7 +215,7 @@ class GPT(nn.Module):
         init_weights(self, n_layer, seed)
 
     def forward(self, tokens, targets=None, plan_vectors=None, sentence_id=None):
-        """tokens (B, T), plan_vectors (B, S, C) and the sentence of each token, sentence_id (B, T).
+        """tokens (B, T), plan_vectors (B, S, C), sentence_id (B, T): the sentence of each target.
 
         Returns logits (B, T, V) or, given targets (B, T), the loss of each target in nats (B, T);
         targets of -1 give 0. Raises ValueError for more than block_size tokens.
@@ -225,7 +225,7 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens do not fit into block_size={self.block_size}")
         plan_index = None
         if plan_vectors is not None:
-            # Where each token's plan vector is among those of all windows, (B*S, C).
+            # The index of each position's plan vector among those of all windows, (B*S, C).
             first = plan_vectors.shape[1] * torch.arange(B, device=tokens.device)
             plan_index = first[:, None] + sentence_id                   # (B, T)
 

@@ -39,7 +39,7 @@ class Planner(nn.Module):
         init_weights(self, n_layer, seed)
 
     def forward(self, vectors, opening):
-        """vectors (B, P, E) of length 1, opening (B, P) -> label logits (B, P, K).
+        """Unit vectors (B, P, E), opening (B, P) -> label logits (B, P, K).
 
         The logits of slot j depend on the vectors i with opening[j] <= i < j. P is at most n_slots.
         """
@@ -50,7 +50,7 @@ class Planner(nn.Module):
         slots = torch.arange(P, device=x.device)
         sees_none = (slots <= opening)[:, :, None]                      # (B, P, 1)
         x = torch.where(sees_none, self.start.to(x.dtype), x.roll(1, dims=1))
-        # So it attends to the slots after its opening, and to itself.
+        # Slot j attends to the slots after its opening, and to itself.
         in_view = slots > opening[:, :, None]                           # (B, P, P)
         itself = torch.eye(P, dtype=torch.bool, device=x.device)
         mask = (in_view.tril() | itself)[:, None]                       # (B, 1, P, P)
@@ -87,7 +87,7 @@ class PlannedGPT(nn.Module):
         self.view_tokens = view_tokens
         self.tau = tau
         if self.planner is not None and plan not in END_TO_END:
-            # Without gradients, not even weight decay changes it.
+            # No optimizer trains it, and several processes would wait for its gradients.
             self.planner.requires_grad_(False)
 
     def batch(self, corpus, starts):
@@ -121,7 +121,7 @@ class PlannedGPT(nn.Module):
     def forward(self, batch):
         """The loss of each target in nats (B, T), and label logits (B, S, K) or None."""
         plan_vectors, label_logits = self.plan_vectors(batch)
-        # Under an END_TO_END plan its mean has a gradient to the planner through plan_vectors.
+        # Under an END_TO_END plan the mean nll has a gradient to the planner, by plan_vectors.
         nll = self.gpt(batch.tokens, batch.targets, plan_vectors, batch.sentence_id)
         return nll, label_logits
 

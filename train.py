@@ -36,8 +36,8 @@ from planner import build_model, label_loss
 
 
 ALL_PLANS = ",".join(PLANS)
-# Runs of sentences in a micro-batch of stage planner. Twice as long as the planner's reach, half of
-# their sentences have that many before them.
+# Runs of sentences in a micro-batch of stage planner. Each is twice planner_reach long, so half of
+# its sentences have a full reach before them.
 RUNS = 32
 
 
@@ -73,8 +73,9 @@ class Config:
     planner_embd: int = opt(64, "width of the planner")
     planner_layer: int = opt(1, "blocks of the planner")
     planner_reach: int = opt(16, "sentences before the window that the planner reads")
-    planner_view: str = opt("document", "what the planner reads: the document; equal: the whole "
-                            "sentences in the block_size tokens before the one that it plans",
+    planner_view: str = opt("document", "document: the planner reads what precedes a sentence in "
+                            "its document; equal: only what lies wholly in the block_size tokens "
+                            "before the sentence",
                             choices=("document", "equal"))
     # Training.
     batch_size: int = opt(32, "windows in a micro-batch")
@@ -115,8 +116,8 @@ class Config:
                 raise InputError(f"{name}={width} must be a multiple of {2 * self.n_head}, twice "
                                  f"n_head={self.n_head}")
         if self.planner_view == "equal" and self.planner_layer > 1:
-            raise InputError("planner_view=equal needs planner_layer=1: each layer more would "
-                             "reach further back")
+            raise InputError("planner_view=equal needs planner_layer=1: with each extra layer, "
+                             "the planner would see further back")
         if self.preset == "gpu" and self.data == "docstrings":
             raise InputError("preset=gpu would read the 13 MB of docstrings hundreds of times: "
                              "give it 500 MB of text or more with --data=PATH")
@@ -125,7 +126,7 @@ class Config:
 PRESETS = {
     # The defaults.
     "laptop": {},
-    # Seconds, to try things out.
+    # A minute, to try things out.
     "tiny": dict(
         vocab_size=512, n_layer=1, n_head=2, n_embd=32, block_size=32, n_labels=8, planner_embd=32,
         batch_size=8, lm_steps=20, planner_steps=20, joint_steps=20, eval_tokens=2048),
@@ -230,7 +231,7 @@ def fit(c, s, name, model, steps, parts):
     if stage == "joint" and model.planner is None:
         # Without a planner, batches need no vectors.
         s = replace(s, train=replace(s.train, vectors=None))
-    # The whole model: the optimizers know only the parts that they train.
+    # Move the whole model, also what is not trained in this stage.
     model.to(s.device)
     finished = s.out / f"{name}.pt"
     if finished.exists():
@@ -268,7 +269,7 @@ def fit(c, s, name, model, steps, parts):
         # 2. Gradients, accumulated over the micro-batches of this step.
         loss = 0.0
         for micro in range(n_micro):
-            # Synchronise gradients only on the last micro-step.
+            # Synchronise gradients only on the last micro-batch.
             net.require_backward_grad_sync = micro == n_micro - 1
             batch = make_batch(c, s, stage, step, micro).to(s.device)
             if c.compile:
@@ -320,6 +321,7 @@ def fit(c, s, name, model, steps, parts):
         s.bar.set_postfix(loss=figures["loss"])
         if save_now:
             scores = score(model, s.val, s.autocast, c.eval_tokens)
+            # Without the bytes of these tokens, its bits per byte mean nothing.
             validation = summary(*scores, s.val, n_bytes=1)
             figures["val_nll"] = validation["nll"]
             figures["val_label_nats"] = validation["planner_ce"]
@@ -346,7 +348,7 @@ def make_batch(c, s, stage, step, micro):
     """This process's micro-batch: a function of (seed, stage, step), so all plans see the same."""
     rows, width, length = c.batch_size, c.block_size, len(s.train.tokens)
     if stage == "planner":
-        # Runs of sentences have more labels than windows, whatever their size.
+        # Runs of sentences give more labels in a batch than windows, at any block_size.
         length = s.train.n_sentences
         rows, width = RUNS, min(2 * c.planner_reach, length // 2)
     seed = (c.seed, list(STAGE_OPTIONS).index(stage))
@@ -449,7 +451,7 @@ class Setup:
     rank: int                               # number of this process
     world: int                              # number of processes
     bar: tqdm                               # progress through the steps of all stages
-    seconds: dict[str, float]               # of each stage that this process has trained
+    seconds: dict[str, float]               # of each part of the run, if this process did it
 
 
 def set_up(c):
@@ -520,10 +522,10 @@ def check_checkpoints(out, options):
             for name in [*checked, "fingerprint of the text"]:
                 if name not in saved:
                     raise InputError(f"{path} was made by another version, without the option "
-                                     f"{name}: take another --out_dir")
+                                     f"{name}: use another --out_dir")
                 if saved[name] != options[name]:
                     raise InputError(
-                        f"{name}={options[name]}, but {path} was made with {saved[name]}: take "
+                        f"{name}={options[name]}, but {path} was made with {saved[name]}: use "
                         "another --out_dir, or delete the files of that stage and of later ones "
                         "to train them again")
 

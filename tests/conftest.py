@@ -10,7 +10,7 @@ import torch
 import train
 from data import EOT
 
-# The tensors in these tests are too small to share between threads.
+# The tensors in these tests are too small for more threads to pay.
 torch.set_num_threads(1)
 
 @pytest.fixture(params=["cpu", "cuda"])
