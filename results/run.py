@@ -279,9 +279,9 @@ def compare(run, other, share="0.5"):
 
 
 def change(run, other, share="0.5"):
-    """A comparison as the text of a cell."""
+    """A comparison as the text of a cell, in percent."""
     (mean, low, high), decided = compare(run, other, share)
-    return f"{mean:+.2f} % ({low:+.2f} to {high:+.2f}){'' if decided else ', not decided'}"
+    return f"{mean:+.2f} ({low:+.2f}, {high:+.2f}){'' if decided else ' undecided'}"
 
 
 def mean_of(run, figure):
@@ -300,7 +300,7 @@ def head(*cells):
 
 def plan_table(part, plans):
     """The table of a part's plans: perplexity, its change, bits per byte, nats per label."""
-    lines = head("plan", "perplexity", "against `none`", "bits per byte", "label nats")
+    lines = head("plan", "perplexity", "change, %", "bits per byte", "label nats")
     none = f"{part}::none"
     for name, run in plans.items():
         label_nats = mean_of(run, "planner_ce")
@@ -322,9 +322,11 @@ def claims():
 
 
 def comparisons():
-    lines = head("plan", "against", "change of perplexity")
+    lines = head("plan", "against", "change, %")
     for run, other in COMPARISONS:
-        lines.append(row(f"`{run}`", f"`{other}`", change(run, other)))
+        # The other comparisons stand in the table of claims.
+        if other != "claims::none" or run.startswith("view"):
+            lines.append(row(f"`{run}`", f"`{other}`", change(run, other)))
     return lines
 
 
@@ -391,8 +393,10 @@ def place():
         saved = np.mean([a[name] - b[name] for a, b in zip(theirs, ours)])
         lines.append(row(label, f"{saved:.3f}"))
     by_seed = [np.subtract(a["by_place"], b["by_place"]) for a, b in zip(theirs, ours)]
-    for i, x in enumerate(np.mean(by_seed, axis=0)):
-        lines.append(row(f"place {i}" if i < 8 else "place 8 and later", f"{x:.3f}"))
+    saved = np.mean(by_seed, axis=0)
+    lines.append(row("first of its sentence", f"{saved[0]:.3f}"))
+    lines.append(row("second to eighth", f"{saved[1:8].mean():.3f}"))
+    lines.append(row("later", f"{saved[8]:.3f}"))
     return lines
 
 
