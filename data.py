@@ -270,10 +270,9 @@ def _fill_slots(batch, corpus, sentence, reach, view_tokens):
     # Copies: torch.compile would compile once more for views.
     batch.labels = torch.tensor(labels[:, -S:])
     batch.previous = torch.tensor(previous[:, -S:])
-    if corpus.vectors is not None:
-        vectors = corpus.vectors[known]
-        vectors[~finished] = 0
-        batch.vectors = torch.from_numpy(vectors)
+    vectors = corpus.vectors[known]                                         # (B, P, E)
+    vectors[~finished] = 0
+    batch.vectors = torch.from_numpy(vectors)
     return batch
 
 

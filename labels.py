@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import EOT, InputError
+from data import EOT
 
 # The constant a; the source found 1e-4 to 1e-3 equally good.
 SIF_A = 1e-3
@@ -84,13 +84,7 @@ def kmeans(x, k, seed=0, max_iters=50, tol=1e-4, device="cpu"):
 
     The inertia is the sum of squared distances. Stops when an iteration lowers it by less than
     a fraction `tol`. An empty cluster moves to the point that is farthest from its own centroid.
-    Raises InputError if there are fewer points than clusters.
     """
-    if not 1 <= k <= len(x):
-        raise InputError(
-            f"n_labels={k} must lie between 1 and {len(x)}, the number of training "
-            "sentences: ask for fewer labels, or give more text"
-        )
     generator = torch.Generator().manual_seed(seed)
     sample = torch.randperm(len(x), generator=generator)[:MOST_POINTS]
     points = torch.as_tensor(x)[sample].to(device).float()              # (n, E)

@@ -74,18 +74,16 @@ def label_loss(label_logits, labels):
 class PlannedGPT(nn.Module):
     """A GPT under one of the plans, with a planner if the plan needs one.
 
-    reach and view_tokens say which sentences the planner may read (see data.window_batch); tau is
-    the temperature of the plan `gumbel`.
+    reach and view_tokens say which sentences the planner may read (see data.window_batch).
     """
 
-    def __init__(self, gpt, planner, plan, reach, view_tokens, tau):
+    def __init__(self, gpt, planner, plan, reach, view_tokens):
         super().__init__()
         self.gpt = gpt
         self.planner = None if plan in NO_PLANNER else planner
         self.plan = plan
         self.reach = reach
         self.view_tokens = view_tokens
-        self.tau = tau
         if self.planner is not None and plan not in END_TO_END:
             # No optimizer trains it, and several processes would wait for its gradients.
             self.planner.requires_grad_(False)
@@ -113,8 +111,7 @@ class PlannedGPT(nn.Module):
             self.plan,
             batch.labels,
             batch.previous,
-            self.tau,
-            self.training,
+            training=self.training,
         )
         return plan_vectors, label_logits
 
@@ -138,4 +135,4 @@ def build_model(config, plan, vocab_size):
         c.n_embd, c.n_labels, c.planner_layer, c.n_head, c.planner_embd, n_slots, c.seed
     )
     view_tokens = c.block_size if c.planner_view == "equal" else None
-    return PlannedGPT(gpt, planner, plan, c.planner_reach, view_tokens, c.gumbel_tau)
+    return PlannedGPT(gpt, planner, plan, c.planner_reach, view_tokens)

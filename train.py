@@ -17,7 +17,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -89,7 +89,6 @@ class Config:
     joint_lr: float = opt(5e-3, "peak AdamW learning rate in stage joint; Muon's is multiplied by "
                           "joint_lr / lm_lr", 0)
     joint_planner_lr: float = opt(1e-3, "peak learning rate of the planner in stage joint", 0)
-    gumbel_tau: float = opt(1.0, "temperature of the plan gumbel", 1e-3)
     weight_decay: float = opt(0.1, "weight decay of all matrices but label_emb", 0)
     eval_every: int = opt(200, "steps between validations, and between checkpoints")
     eval_tokens: int = opt(16384, "validation tokens used during training; the table uses all", 16)
@@ -118,9 +117,6 @@ class Config:
         if self.planner_view == "equal" and self.planner_layer > 1:
             raise InputError("planner_view=equal needs planner_layer=1: with each extra layer, "
                              "the planner would see further back")
-        if self.preset == "gpu" and self.data == "docstrings":
-            raise InputError("preset=gpu would read the 13 MB of docstrings hundreds of times: "
-                             "give it 500 MB of text or more with --data=PATH")
 
 
 PRESETS = {
@@ -144,7 +140,7 @@ STAGE_OPTIONS = {
     "labels": ["n_labels"],
     "planner": ["planner_embd", "planner_layer", "planner_reach", "planner_view", "planner_steps",
                 "planner_lr"],
-    "joint": ["joint_steps", "joint_lr", "joint_planner_lr", "gumbel_tau"],
+    "joint": ["joint_steps", "joint_lr", "joint_planner_lr"],
 }
 
 
@@ -228,9 +224,6 @@ def fit(c, s, name, model, steps, parts):
     """
     stage = name.split("_")[0]
     stage_number = list(STAGE_OPTIONS).index(stage)
-    if stage == "joint" and model.planner is None:
-        # Without a planner, batches need no vectors.
-        s = replace(s, train=replace(s.train, vectors=None))
     # Move the whole model, also what is not trained in this stage.
     model.to(s.device)
     finished = s.out / f"{name}.pt"

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -151,8 +150,6 @@ class Training:
             parts = [(self.model.gpt, c.muon_lr, c.lm_lr)]
         if name in END_TO_END:
             parts.append((self.model.planner, 0.0, c.joint_planner_lr))
-        if name in ("yardstick", *NO_PLANNER):
-            corpus = replace(corpus, vectors=None)
         self.setup = SimpleNamespace(rank=0, world=1, train=corpus)
         self.model.to(self.device)
         self.optimizers = train.make_optimizers(parts, c.weight_decay)

@@ -98,7 +98,6 @@ def outcome(out):
     ("--planner_lr=nan", "planner_lr=nan: must be finite and at least 0"),
     ("--n_head=16", "n_embd=16 must be a multiple of"),
     ("--plans=soft,sof", "plans=soft,sof: choose from none,fixed"),
-    ("--preset=gpu --n_head=2 --data=docstrings", "500 MB of text"),
     ("--data=/no/such/file", "data=/no/such/file: no such file"),
     ("--device=tpu", "device=tpu is not available"),
     ("--n_labels=100000", "n_labels=100000: there are"),
