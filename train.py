@@ -75,7 +75,7 @@ class Config:
     planner_reach: int = opt(16, "sentences before the window that the planner reads")
     planner_view: str = opt("document", "document: the planner reads what precedes a sentence in "
                             "its document; equal: only what lies wholly in the block_size tokens "
-                            "before the sentence",
+                            "before the sentence, by one planner_layer",
                             choices=("document", "equal"))
     # Training.
     batch_size: int = opt(32, "windows in a micro-batch")
@@ -264,7 +264,7 @@ def fit(c, s, name, model, steps, parts):
         for micro in range(n_micro):
             # Synchronise gradients only on the last micro-batch.
             net.require_backward_grad_sync = micro == n_micro - 1
-            batch = make_batch(c, s, stage, step, micro).to(s.device)
+            batch = make_batch(c, s, model, stage, step, micro).to(s.device)
             if c.compile:
                 batch.mark_dynamic()
             # For the noise of `gumbel`.
@@ -337,20 +337,23 @@ def save(s, path, model, **more):
         torch.save(checkpoint, working)
 
 
-def make_batch(c, s, stage, step, micro):
+def make_batch(c, s, model, stage, step, micro):
     """This process's micro-batch: a function of (seed, stage, step), so all plans see the same."""
-    rows, width, length = c.batch_size, c.block_size, len(s.train.tokens)
     if stage == "planner":
         # Runs of sentences give more labels in a batch than windows, at any block_size.
+        rows = RUNS
         length = s.train.n_sentences
-        rows, width = RUNS, min(2 * c.planner_reach, length // 2)
+        width = min(2 * c.planner_reach, length // 2)
+    else:
+        rows = c.batch_size
+        length = len(s.train.tokens)
+        width = c.block_size
     seed = (c.seed, list(STAGE_OPTIONS).index(stage))
     starts = data.batch_starts(length, width, rows * c.grad_accum, seed, step)
     starts = starts.reshape(-1, s.world, rows)[micro, s.rank]               # (B,)
-    view_tokens = c.block_size if c.planner_view == "equal" else None
     if stage == "planner":
-        return data.sentence_batch(s.train, starts, width, view_tokens)
-    return data.window_batch(s.train, starts, width, c.planner_reach, view_tokens)
+        return data.sentence_batch(s.train, starts, width, model.view_tokens)
+    return model.batch(s.train, starts)
 
 
 def learning_rate(step, steps):

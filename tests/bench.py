@@ -32,7 +32,7 @@ import data
 import labels
 import train
 from eval import choose_autocast, choose_device, versions
-from model import END_TO_END, NO_PLANNER, init_weights
+from model import END_TO_END, init_weights
 from planner import build_model
 
 ON_GPU = torch.cuda.is_available()
@@ -156,7 +156,7 @@ class Training:
         self.net = torch.compile(self.model) if c.compile else self.model
 
     def make_batch(self, micro=0):
-        return train.make_batch(self.c, self.setup, "joint", self.n_done, micro)
+        return train.make_batch(self.c, self.setup, self.model, "joint", self.n_done, micro)
 
     def to_device(self, batch):
         batch = batch.to(self.device)
@@ -223,6 +223,9 @@ class Plain(nn.Module):
             }))
         self.ln_f = nn.LayerNorm(C)
         init_weights(self, c.n_layer, c.seed)
+
+    def batch(self, corpus, starts):
+        return data.window_batch(corpus, starts, self.wpe.num_embeddings)
 
     def forward(self, batch):
         B, T = batch.tokens.shape
