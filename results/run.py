@@ -66,6 +66,14 @@ def window(block_size, more):
 FIVE = (6, 7, 8, 9, 10)
 THREE = (6, 7, 8)
 EQUAL = "--planner_view=equal"
+# Window -> where its runs are.
+WINDOWS = {
+    64: {"none": "claims::none", "document": "claims::soft", "equal": "view::soft"},
+    128: {"none": "window_128::none", "document": "window_128::soft",
+          "equal": "window_128:equal:soft"},
+    256: {"none": "window_256::none", "document": "window_256::soft",
+          "equal": "window_256:equal:soft"},
+}
 PARTS = {
     "claims": Part(FIVE, {
         "": "--plans=all",
@@ -176,7 +184,7 @@ def measure(out, part):
 
 
 def places(run, corpus, nll):
-    """Mean nats by a token's place in its sentence, and by whether its document began in its window.
+    """Mean nats by a token's place in its sentence, and by where its document began.
 
     The last of the places stands for itself and all later ones.
     """
@@ -298,27 +306,30 @@ def head(*cells):
     return [row(*cells), row(*("---" for _ in cells))]
 
 
-def plan_table(part, plans):
-    """The table of a part's plans: perplexity, its change, bits per byte, nats per label."""
-    lines = head("plan", "perplexity", "change, %", "bits per byte", "label nats")
-    none = f"{part}::none"
+def claims():
+    """All plans: perplexity, its change, what that is worth in steps, bits per byte, label nats."""
+    plans = {f"`{plan}`": f"claims::{plan}" for plan in PLANS}
+    plans["`none`, as long as `soft`"] = "claims:as long:none"
+    plans["`none`, as long as `soft` and its planner"] = "claims:as long as all stages:none"
+    # More steps of stage joint, and what `none` gains from them.
+    more_steps = [0, round(C.joint_steps * (SOFT_STEP - 1))]
+    more_steps.append(more_steps[1] + OTHER_STAGES)
+    none = mean_of("claims::none", "nll")
+    gains = [none - mean_of(run, "nll") for run in ("claims::none", *list(plans.values())[-2:])]
+    lines = head("plan", "perplexity", "change, %", "worth in plain steps", "bits per byte",
+                 "label nats")
     for name, run in plans.items():
         label_nats = mean_of(run, "planner_ce")
+        worth = np.interp(none - mean_of(run, "nll"), gains, more_steps)
         lines.append(row(
             name,
             f"{mean_of(run, 'ppl'):.2f}",
-            "" if run == none else change(run, none),
+            "" if run == "claims::none" else change(run, "claims::none"),
+            f"{worth:.0f}",
             f"{mean_of(run, 'bits_per_byte'):.3f}",
             f"{label_nats:.2f}" if label_nats else "",
         ))
     return lines
-
-
-def claims():
-    plans = {f"`{plan}`": f"claims::{plan}" for plan in PLANS}
-    plans["`none`, as long as `soft`"] = "claims:as long:none"
-    plans["`none`, as long as `soft` and its planner"] = "claims:as long as all stages:none"
-    return plan_table("claims", plans)
 
 
 def comparisons():
@@ -331,13 +342,40 @@ def comparisons():
 
 
 def memory():
-    """The gain of `soft` against what the GPT sees at least: a window less its stride."""
-    lines = head("the GPT sees at least", "planner reads the document", "planner reads 64 tokens")
-    for share in PARTS["claims"].strides:
-        seen = round(C.block_size * (1 - share))
-        lines.append(row(f"{seen} tokens", change("claims::soft", "claims::none", str(share)),
-                         change("view::soft", "claims::none", str(share))))
-    return lines
+    """Draw the gain of `soft` against what the GPT sees: a colour for each view."""
+    def place(seen, percent):
+        return round(70 + 2.6 * seen), round(40 - 70 * percent)
+
+    shapes = ['<rect width="640" height="400" rx="10" fill="#f6f8fa"/>',
+              '<text x="150" y="388">tokens that the GPT sees before its target, on average</text>']
+    for percent in range(-4, 1):
+        x, y = place(0, percent)
+        shapes.append(f'<path d="M{x} {y}h550" stroke="#d0d7de"/>')
+        shapes.append(f'<text x="20" y="{y + 4}">{percent} %</text>')
+    for seen in range(0, 201, 25):
+        x, y = place(seen, -4)
+        shapes.append(f'<text x="{x - 8}" y="{y + 24}">{seen}</text>')
+    for view, color in ("document", "#1f5fa8"), ("equal", "#b84c00"):
+        x, y = place(60, -3.2 if view == "document" else -3.5)
+        shapes.append(f'<text x="{x}" y="{y}" fill="{color}">planner_view={view}</text>')
+        for T, runs in WINDOWS.items():
+            corners = []
+            for share in PARTS[runs["none"].partition(":")[0]].strides:
+                (mean, low, high), _ = compare(runs[view], runs["none"], str(share))
+                # After the first window, targets see T - stride to T - 1 tokens of their window.
+                seen = T * (1 - share / 2)
+                x, y = place(seen, mean)
+                corners.append(f"{x} {y}")
+                bar = f"M{x} {place(0, low)[1]}V{place(0, high)[1]}"
+                shapes.append(f'<path d="{bar}" stroke="{color}" opacity=".4"/>')
+                shapes.append(f'<circle cx="{x}" cy="{y}" r="4" fill="{color}"/>')
+            line = f"M{'L'.join(corners)}"
+            shapes.append(f'<path d="{line}" stroke="{color}" fill="none" stroke-width="2"/>')
+    drawn = "\n".join(shapes)
+    svg = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 400" font-size="14" '
+           f'font-family="sans-serif" fill="#1f2328">\n{drawn}\n</svg>\n')
+    (ROOT / "results" / "gain.svg").write_text(svg, "utf-8")
+    return ["![What `soft` changes, with windows of 64, 128 and 256 tokens](gain.svg)"]
 
 
 def training():
