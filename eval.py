@@ -236,8 +236,12 @@ def generate(
         tokens.append(torch.multinomial(probs, 1, generator=generator).item())
         if tokens[-1] == run.tokenizer.eot_token:
             break
+    return describe_sentences(run, model, tokens, n_prompt, label)
 
-    # What was planned, from one pass over the whole: no plan depends on later tokens.
+
+def describe_sentences(run, model, tokens, n_prompt, label):
+    """The sentences of a text whose tokens after the first n_prompt were generated."""
+    # One pass over the whole text finds what was planned: no plan depends on later tokens.
     corpus = run.labeler.label(Corpus.from_tokens(np.array(tokens), run.tokenizer))
     _, label_log_probs = score(model, corpus, run.autocast)
     sentences = []

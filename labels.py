@@ -48,7 +48,8 @@ class Labeler(nn.Module):
         p = torch.from_numpy(counts / len(corpus.tokens)).float()       # (V,)
         weights = SIF_A / (SIF_A + p)
         self.table = token_emb[:V].float() * weights[:, None]           # (V, E)
-        self.mean = torch.cat(list(self._weighted_means(corpus))).mean(0)  # (E,)
+        means = torch.cat(list(self._weighted_means(corpus)))           # (n, E)
+        self.mean = means.mean(0)                                       # (E,)
 
     @torch.no_grad()
     def label(self, corpus):
@@ -72,23 +73,35 @@ class Labeler(nn.Module):
         device = self.table.device
         for i in range(0, corpus.n_sentences, CHUNK):
             starts = corpus.sentences[i : i + CHUNK + 1]
-            tokens = corpus.tokens[starts[0] : starts[-1]].astype(np.int64)
-            tokens = torch.from_numpy(tokens).to(device)
-            offsets = torch.from_numpy(starts[:-1] - starts[0]).to(device)
+            first, last = starts[0], starts[-1]
+            tokens = torch.tensor(
+                corpus.tokens[first:last].astype(np.int64),
+                device=device,
+            )
+            offsets = torch.tensor(starts[:-1] - first, device=device)
             yield F.embedding_bag(tokens, self.table, offsets, mode="mean")
 
 
 # --- k-means --------------------------------------------------------------------------------------
-def kmeans(x, k, seed=0, max_iters=50, tol=1e-4, device="cpu"):
+def kmeans(
+    x,
+    k,
+    seed=0,
+    max_iters=50,
+    tol=1e-4,
+    device="cpu",
+):
     """Lloyd's algorithm on x (N, E), from k-means++ -> centroids (K, E), labels (N,), inertia.
 
     The inertia is the sum of squared distances. Stops when an iteration lowers it by less than
     a fraction `tol`. An empty cluster moves to the point that is farthest from its own centroid.
     """
     generator = torch.Generator().manual_seed(seed)
-    sample = torch.randperm(len(x), generator=generator)[:MOST_POINTS]
-    points = torch.as_tensor(x)[sample].to(device).float()              # (n, E)
-    centroids = plus_plus(points[: max(1 << 14, 8 * k)], k, generator)
+    order = torch.randperm(len(x), generator=generator)
+    sample = torch.as_tensor(x)[order[:MOST_POINTS]]
+    points = sample.to(device).float()                                  # (n, E)
+    n_candidates = max(1 << 14, 8 * k)
+    centroids = plus_plus(points[:n_candidates], k, generator)
     inertia = math.inf
     for _ in range(max_iters):
         last_inertia = inertia
@@ -104,7 +117,8 @@ def kmeans(x, k, seed=0, max_iters=50, tol=1e-4, device="cpu"):
         centroids[empty] = points[farthest]
     # Assign all N points, sampled or not.
     labels, distances = nearest(x, centroids)
-    return centroids, labels, distances.sum().item()
+    inertia = distances.sum().item()
+    return centroids, labels, inertia
 
 
 def nearest(x, centroids):
@@ -112,7 +126,8 @@ def nearest(x, centroids):
     on_cpu = centroids.device.type == "cpu"
     # |x - c|^2 = |x|^2 - 2 x.c + |c|^2, a chunk at a time: N x K numbers are never held at once.
     squares = centroids.square().sum(1)                                 # (K,)
-    chunk = max(256, (1 << 19 if on_cpu else 1 << 26) // len(centroids))
+    most_scores = 1 << 19 if on_cpu else 1 << 26
+    chunk = max(256, most_scores // len(centroids))
     labels = []
     distances = []
     for part in torch.as_tensor(x).split(chunk):
@@ -125,7 +140,8 @@ def nearest(x, centroids):
             index = scores.argmin(1)
         lowest = scores.gather(1, index[:, None])[:, 0]                 # (n,)
         labels.append(index)
-        distances.append((part.square().sum(1) + lowest).clamp(min=0))
+        squared_norms = part.square().sum(1)                            # (n,)
+        distances.append((squared_norms + lowest).clamp(min=0))
     return torch.cat(labels), torch.cat(distances)
 
 
@@ -134,14 +150,17 @@ def plus_plus(x, k, generator):
 
     Each is drawn in proportion to its squared distance from the nearest one drawn before.
     """
-    chosen = torch.randint(len(x), (1,), generator=generator).tolist()
-    distances = (x - x[chosen]).square().sum(1)                         # (N,)
-    while len(chosen) < k:
+    chosen = []
+    new = torch.randint(len(x), (1,), generator=generator).item()
+    distances = torch.full_like(x[:, 0], math.inf)                      # (N,)
+    for _ in range(k):
+        chosen.append(new)
+        to_new = (x - x[new]).square().sum(1)
+        distances = torch.minimum(distances, to_new)
         # The small number matters only when every point has been chosen.
         weights = distances.double().cpu() + 1e-30
-        new = torch.multinomial(weights, 1, generator=generator).item()
-        chosen.append(new)
-        distances = torch.minimum(distances, (x - x[new]).square().sum(1))
+        draw = torch.multinomial(weights, 1, generator=generator)
+        new = draw.item()
     return x[chosen]
 
 
@@ -162,10 +181,13 @@ def label_bigram(corpus, k):
     two on the validation split of an earlier default.
     """
     pairs = label_before(corpus, k) * k + corpus.labels
-    counts = np.bincount(pairs, minlength=(k + 1) * k).reshape(k + 1, k)
+    counts = np.bincount(pairs, minlength=(k + 1) * k)
+    counts = counts.reshape(k + 1, k)
     frequency = (counts.sum(0) + 1) / (counts.sum() + k)                # (K,)
-    bigram = (counts + 128 * frequency) / (counts.sum(1, keepdims=True) + 128)
-    return torch.from_numpy(np.log(np.vstack([bigram, frequency])))
+    row_sums = counts.sum(1, keepdims=True)                             # (K+1, 1)
+    bigram = (counts + 128 * frequency) / (row_sums + 128)
+    rows = np.vstack([bigram, frequency])
+    return torch.from_numpy(np.log(rows))
 
 
 def describe(labeler, corpus, tokenizer):
@@ -176,15 +198,18 @@ def describe(labeler, corpus, tokenizer):
     sentences: the two nearest to the centroid.
     """
     centroids = labeler.centroids.cpu().numpy()
-    sample = np.arange(0, corpus.n_sentences, 1 + corpus.n_sentences // 60_000)
-    offsets = corpus.vectors[sample] - centroids[corpus.labels[sample]]  # (n, E)
+    step = 1 + corpus.n_sentences // 60_000
+    sample = np.arange(0, corpus.n_sentences, step)
+    own_centroids = centroids[corpus.labels[sample]]                    # (n, E)
+    distances = np.square(corpus.vectors[sample] - own_centroids).sum(1)
     # The nearest to their centroid first.
-    sample = sample[np.square(offsets).sum(1).argsort()]
+    sample = sample[distances.argsort()]
     texts = []
     words = []
     for j in sample:
-        tokens = corpus.tokens[corpus.sentences[j] : corpus.sentences[j + 1]]
-        text = tokenizer.decode(tokens.tolist()).replace(EOT, "")
+        start, end = corpus.sentences[j : j + 2]
+        tokens = corpus.tokens[start:end].tolist()
+        text = tokenizer.decode(tokens).replace(EOT, "")
         texts.append(" ".join(text.split()))
         # Words of three letters or more, but no identifiers such as fooBar or foo_bar.
         found = re.findall(r"\b[^\W\d_][^\W\d_A-Z]{2,}\b", text)
@@ -192,12 +217,14 @@ def describe(labeler, corpus, tokenizer):
     everywhere = Counter(itertools.chain.from_iterable(words))
 
     descriptions = []
-    for label, size in enumerate(np.bincount(corpus.labels, minlength=len(centroids))):
+    sizes = np.bincount(corpus.labels, minlength=len(centroids))
+    for label, size in enumerate(sizes):
         members = np.flatnonzero(corpus.labels[sample] == label)
         within = Counter(itertools.chain.from_iterable(words[i] for i in members))
         excess = {}
         for word, n in within.items():
-            excess[word] = n / len(members) - everywhere[word] / len(sample)
+            share_everywhere = everywhere[word] / len(sample)
+            excess[word] = n / len(members) - share_everywhere
         top_words = sorted(excess, key=lambda word: (-excess[word], word))
         # Each text once; a sentence may be nothing but <|endoftext|>.
         nearest_texts = dict.fromkeys(texts[i] for i in members if texts[i])

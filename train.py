@@ -456,20 +456,7 @@ def set_up(c):
     Raises InputError if the options don't fit the text, the machine or the run in out_dir.
     """
     started = time.perf_counter()
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if c.grad_accum % world:
-        raise InputError(f"grad_accum={c.grad_accum}: must be a multiple of {world}, the number of "
-                         "processes")
-    on_gpus = world > 1 and c.device != "cpu" and torch.cuda.is_available()
-    if on_gpus:
-        # One GPU for each process of this machine, before anything touches a GPU.
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    device = choose_device(c.device)
-    if world > 1:
-        # Process 0 may prepare a text for hours.
-        dist.init_process_group("nccl" if on_gpus else "gloo", timeout=timedelta(hours=12),
-                                device_id=device if on_gpus else None)
+    rank, world, device = join_processes(c)
     # Process 0 prepares the text; the others wait, then open it.
     if rank > 0:
         dist.barrier()
@@ -505,6 +492,25 @@ def set_up(c):
     val = store.split("val")
     seconds = {"preparation": time.perf_counter() - started}
     return Setup(out, options, store, corpus, val, device, autocast, rank, world, bar, seconds)
+
+
+def join_processes(c):
+    """This process's number, how many there are, and its device. Raises InputError."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if c.grad_accum % world:
+        raise InputError(f"grad_accum={c.grad_accum}: must be a multiple of {world}, the number of "
+                         "processes")
+    on_gpus = world > 1 and c.device != "cpu" and torch.cuda.is_available()
+    if on_gpus:
+        # One GPU for each process of this machine, before anything touches a GPU.
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    device = choose_device(c.device)
+    if world > 1:
+        # Process 0 may prepare a text for hours.
+        dist.init_process_group("nccl" if on_gpus else "gloo", timeout=timedelta(hours=12),
+                                device_id=device if on_gpus else None)
+    return rank, world, device
 
 
 def check_checkpoints(out, options):

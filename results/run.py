@@ -81,8 +81,16 @@ PARTS = {
         "as long as all stages": as_long(more=OTHER_STAGES),
     }, strides=(1, 1/2, 1/8)),
     "view": Part(FIVE, {"": f"--plans=hard,soft {EQUAL}"}, strides=(1, 1/2, 1/8)),
-    "longer_4": Part(THREE, {"": longer(4, "none,soft"), "as long": as_long(4)}),
-    "longer_16": Part(THREE, {"": longer(16, "none,soft"), "as long": as_long(16)}),
+    "longer_4": Part(THREE, {
+        "": longer(4, "none,soft"),
+        "as long": as_long(4),
+        "equal": f"{longer(4, 'soft')} {EQUAL}",
+    }),
+    "longer_16": Part(THREE, {
+        "": longer(16, "none,soft"),
+        "as long": as_long(16),
+        "equal": f"{longer(16, 'soft')} {EQUAL}",
+    }),
     "follow": Part(THREE, {"": "--plans=hard,soft,oracle"}, follows=True),
     "window_128": Part(THREE, {
         "": window(128, "--plans=none,hard,soft"),
@@ -299,7 +307,7 @@ def mean_of(run, figure):
 
 
 def row(*cells):
-    return f"| {' | '.join(cells)} |"
+    return " | ".join(cells)
 
 
 def head(*cells):
@@ -335,8 +343,8 @@ def claims():
 def comparisons():
     lines = head("plan", "against", "change, %")
     for run, other in COMPARISONS:
-        # The other comparisons stand in the table of claims.
-        if other != "claims::none" or run.startswith("view"):
+        # Those with `none` stand in other tables.
+        if other != "claims::none":
             lines.append(row(f"`{run}`", f"`{other}`", change(run, other)))
     return lines
 
@@ -380,15 +388,17 @@ def memory():
 
 def training():
     """The gain of `soft` as stages lm and joint get longer, and what plain training gains."""
-    lines = head("steps of stages lm and joint", "perplexity of `none`", "`soft`",
+    lines = head("steps", "perplexity of `none`", "`soft`", "`soft`, equal view",
                  "`none`, as long as `soft`")
     for name in ("claims", "longer_4", "longer_16"):
         if not (ROOT / "results" / f"{name}.json").exists():
             continue
+        equal = "view::soft" if name == "claims" else f"{name}:equal:soft"
         lines.append(row(
             f"{name.partition('_')[2] or '1'} x",
             f"{mean_of(f'{name}::none', 'ppl'):.2f}",
             change(f"{name}::soft", f"{name}::none"),
+            change(equal, f"{name}::none"),
             change(f"{name}:as long:none", f"{name}::none"),
         ))
     return lines
@@ -407,7 +417,7 @@ def sentence():
     for plan in ("oracle", "soft"):
         saved[plan] = mean_of("claims::none", "nll") - mean_of(f"claims::{plan}", "nll")
     explained = [entry["explained"] for entry in entries("claims::soft_frozen").values()]
-    lines = head("nats a sentence", "")
+    lines = head("what", "nats a sentence")
     lines.append(row("the label, by its frequency", f"{unigram:.2f}"))
     lines.append(row("the label, by the label before", f"{bigram:.2f}"))
     lines.append(row("the label, by the planner", f"{mean_of('claims::hard', 'planner_ce'):.2f}"))
@@ -450,13 +460,13 @@ def following():
 
 def others():
     """Longer windows and another text."""
-    lines = head("run", "perplexity of `none`", "`hard`", "`soft`", "`soft`, equal view")
+    lines = head("run", "perplexity of `none`", "`soft`", "`soft`, equal view")
     for name in ("window_128", "window_256", "wikipedia"):
         if not (ROOT / "results" / f"{name}.json").exists():
             continue
         none = f"{name}::none"
-        lines.append(row(name, f"{mean_of(none, 'ppl'):.2f}", change(f"{name}::hard", none),
-                         change(f"{name}::soft", none), change(f"{name}:equal:soft", none)))
+        lines.append(row(name, f"{mean_of(none, 'ppl'):.2f}", change(f"{name}::soft", none),
+                         change(f"{name}:equal:soft", none)))
     return lines
 
 
