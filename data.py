@@ -176,10 +176,10 @@ class Batch:
     tokens: torch.Tensor = None                     # (B, T)
     targets: torch.Tensor = None                    # (B, T) the next token; -1 past the end
     sentence_id: torch.Tensor = None                # (B, T) in 0..S-1: the sentence of the target
-    vectors: torch.Tensor = None                    # (B, P, E) float16; zeros in empty slots
+    vectors: torch.Tensor = None                    # (B, P, E) float16; empty slots hold any vector
     opening: torch.Tensor = None                    # (B, P) the first slot that each may see
     labels: torch.Tensor = None                     # (B, S) -1: not touched, or unfinished
-    previous: torch.Tensor = None                   # (B, S) of the sentence before; -1: out of view
+    previous: torch.Tensor = None                   # (B, S) the label before; -1: out of view
 
     def to(self, device):
         """The same batch on a device."""
@@ -238,7 +238,7 @@ def window_batch(corpus, starts, block_size, reach=0, view_tokens=None):
 
 
 def sentence_batch(corpus, starts, width, view_tokens=None):
-    """Runs of `width` consecutive sentences from `starts` (B,), to train the planner alone."""
+    """Spans of `width` consecutive sentences from `starts` (B,), to train the planner alone."""
     sentence = starts[:, None] + np.arange(width)                           # (B, width)
     return _fill_slots(Batch(), corpus, sentence, 0, view_tokens)
 
@@ -258,7 +258,7 @@ def _fill_slots(batch, corpus, sentence, reach, view_tokens):
     P = S + round_up((touched - earliest).max(), 4)
     index = last + np.arange(1 - P, 1)                                      # (B, P)
     opening = np.maximum(corpus.opening_of(index.clip(0), view_tokens), earliest)
-    # Index 0 stands in where there is no finished sentence; it is masked.
+    # Sentence 0 stands in where there is no finished one; the planner never reads it there.
     finished = (index >= earliest) & (index < corpus.n_sentences)
     known = np.where(finished, index, 0)
     labels = np.where(finished, corpus.labels[known], -1)                   # (B, P)
@@ -270,9 +270,7 @@ def _fill_slots(batch, corpus, sentence, reach, view_tokens):
     # Copies: torch.compile would compile once more for views.
     batch.labels = torch.tensor(labels[:, -S:])
     batch.previous = torch.tensor(previous[:, -S:])
-    vectors = corpus.vectors[known]                                         # (B, P, E)
-    vectors[~finished] = 0
-    batch.vectors = torch.from_numpy(vectors)
+    batch.vectors = torch.from_numpy(corpus.vectors[known])                 # (B, P, E)
     return batch
 
 
@@ -282,7 +280,7 @@ def batch_starts(length, width, rows, seed, step):
     Each epoch visits disjoint windows once, in an order and with an offset of its own. Raises
     InputError if no window fits.
     """
-    # One window fewer than fit leaves room for the offset.
+    # One window fewer than fits, to leave room for the offset.
     n = length // width - 1
     if n < 1:
         raise InputError(f"a window of {width} is too long for a training split of {length}: lower "
@@ -299,8 +297,8 @@ def _epoch(seed, epoch, n, width):
 
 
 # --- tokenizer ------------------------------------------------------------------------------------
-# A word, a number or a run of signs, with the space after it; a line end with the indentation of
-# the next line. Plain character ranges mean the same to Python's re and to tiktoken's.
+# A word, a number or a run of punctuation, with the space after it; a newline with the indentation
+# of the next line. Plain character ranges mean the same to Python's re and to tiktoken's.
 PATTERN = (
     r"[A-Za-z\u0080-\U0010FFFF]{1,40} ?"
     r"|[0-9]{1,3} ?"
@@ -455,7 +453,7 @@ def _write_store(path, name, tokenizer, vocab_size):
 
 
 def _texts(name, split):
-    """The documents of one split, but no blank ones."""
+    """The non-blank documents of one split."""
     return (text for place, text in documents(name) if place == split and text.strip())
 
 
@@ -490,7 +488,7 @@ def documents(name):
 
 
 def _hash(text):
-    """64 bits of a text that are the same in each process."""
+    """A 64-bit hash, the same in every process."""
     return int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16)
 
 
@@ -528,7 +526,7 @@ def _docstrings():
 
 
 def _docstrings_below(node):
-    """Yield the docstrings of a syntax tree in the order in which they stand."""
+    """Yield the docstrings of a syntax tree in source order."""
     if isinstance(node, DOCUMENTED):
         yield ast.get_docstring(node) or ""
     for child in ast.iter_child_nodes(node):
@@ -538,7 +536,7 @@ def _docstrings_below(node):
 
 
 def corpus_files(name):
-    """The file at a path, or the .txt and .jsonl files of a folder. Raises InputError for none."""
+    """The file at a path, or the .txt and .jsonl files of a folder. Raises InputError if none."""
     path = Path(name)
     if path.is_file():
         return [path]
@@ -549,7 +547,7 @@ def corpus_files(name):
 
 
 def read_documents(path):
-    """Yield the documents of a file, but no blank ones.
+    """Yield the non-blank documents of a file.
 
     A .jsonl file has one {"text": ...} on each line; in any other file a line `<|endoftext|>`
     separates documents. Raises InputError if it can't be read.

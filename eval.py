@@ -2,7 +2,7 @@
 
 Perplexity is computed in windows that advance by half a window, and each token is scored once. Only
 the first window scores tokens that have less than half a window before them. Windows are never
-shifted back at the end, so a prefix of a text gets the same scores as inside the longer text.
+shifted back at the end, so a prefix of a text scores the same as within the longer text.
 """
 import argparse
 import contextlib
@@ -49,8 +49,9 @@ def score(
 ):
     """Score tokens 1 to max_tokens - 1; by default, all but the first.
 
-    Returns the nll in nats (N-1,) and the planner's log probabilities of a label (n+1, K) before
-    each sentence begins: NaN for sentences whose first token is not scored, None without a planner.
+    Returns the nll in nats (N-1,) and, for each sentence up to the last one scored, the planner's
+    log probabilities of its label (n, K), before it begins: NaN if its first token is not scored,
+    None without a planner.
     Leaves the model and the random state as they were.
     """
     T = model.gpt.block_size
@@ -60,8 +61,9 @@ def score(
     nll = np.full(N - 1, np.nan)
     label_log_probs = None
     if model.planner is not None:
-        shape = (len(corpus.sentences), len(model.gpt.label_emb))
-        label_log_probs = np.full(shape, np.nan, np.float32)                # (n+1, K)
+        n_scored = int(corpus.sentence_of(N - 1)) + 1
+        shape = (n_scored, len(model.gpt.label_emb))
+        label_log_probs = np.full(shape, np.nan, np.float32)                # (n, K)
 
     starts = window_starts(N, T, stride)
     # A window scores the targets that lie after those of the window before it.
@@ -89,20 +91,19 @@ def score(
     return nll, label_log_probs
 
 
-def summary(nll, label_log_probs, corpus, n_bytes):
-    """The figures of one plan, from the results of `score` on a text of n_bytes in UTF-8."""
+def summary(nll, label_log_probs, corpus):
+    """The figures of one plan, from the results of `score`."""
     mean = float(nll.mean())
     figures = {
         "nll": mean,                                            # nats per token
         "ppl": math.exp(min(mean, 700)),                        # exp(710) overflows
-        "bits_per_byte": float(nll.sum()) / math.log(2) / n_bytes,
         "planner_ce": None,                                     # nats per label
         "planner_acc": None,                                    # top-1
     }
     if label_log_probs is not None:
-        # The last sentence is unfinished, so it has no label.
-        log_probs = label_log_probs[:-1]                                    # (n, K)
-        predicted = ~np.isnan(log_probs[:, 0])
+        # The last sentence may be unfinished; then it has no label.
+        log_probs = label_log_probs[:corpus.n_sentences]                    # (n, K)
+        predicted = np.flatnonzero(~np.isnan(log_probs[:, 0]))              # (m,)
         log_probs = log_probs[predicted]                                    # (m, K)
         labels = corpus.labels[predicted]                                   # (m,)
         true_log_probs = log_probs[np.arange(len(labels)), labels]
@@ -123,7 +124,8 @@ def evaluate(run, corpus, split):
     plans = {}
     for plan in tqdm(run.plans(), "evaluate", leave=False):
         nll, label_log_probs = score(run.model(plan), corpus, run.autocast)
-        plans[plan] = summary(nll, label_log_probs, corpus, n_bytes)
+        plans[plan] = summary(nll, label_log_probs, corpus)
+        plans[plan]["bits_per_byte"] = float(nll.sum()) / math.log(2) / n_bytes
     # What a label costs without a planner: by its frequency, and by the label before it.
     before = label_before(corpus, run.bigram.shape[1])
     return {
@@ -172,10 +174,10 @@ def print_scores(run, plan, path):
             "hex": raw.hex(),
             "nll": nll[i],
             "sentence": j,
-            "label": None,
+            "planned": None,
         }
         if label_log_probs is not None:
-            line["label"] = int(label_log_probs[j].argmax())
+            line["planned"] = int(label_log_probs[j].argmax())
         print(json.dumps(line))
 
 
@@ -184,7 +186,7 @@ def print_scores(run, plan, path):
 def next_logits(run, model, tokens, n_prompt=0, label=None):
     """The logits (V,) of the token after `tokens`, using the same window as `score`.
 
-    With a label, every sentence that goes on after the first n_prompt tokens has it as its plan.
+    With a label, every sentence that goes on after the first n_prompt tokens is planned with it.
     Recomputes sentences and labels for every new token: slow but simple, and correct because
     nothing looks ahead.
     """
@@ -315,7 +317,7 @@ class Run:
         finished = [plan for plan in PLANS if (self.out_dir / f"joint_{plan}.pt").exists()]
         if not finished:
             raise InputError(f"{self.out_dir} has no finished plan yet: run its train.py command "
-                             "again, it continues")
+                             "again to continue")
         return finished
 
     def model(self, plan):
@@ -341,7 +343,7 @@ class Run:
 
 
 def load_run(out_dir, device=""):
-    """Open a run, on the device that it was trained on unless told otherwise.
+    """Open a run, with its own option `device` unless another one is given.
 
     Raises InputError if there is none or its labels are not made yet.
     """
@@ -393,7 +395,7 @@ def choose_autocast(dtype, device):
         x86_flag = "amx_bf16" if is_intel else "avx512_bf16"
         is_fast = flags.get(x86_flag) or flags.get("bf16")
     if dtype == "bfloat16" or (dtype == "auto" and is_fast):
-        # With its cache, the chunks of GPT.loss would add up their gradients in bfloat16.
+        # With its cache of weights, the chunks of GPT.loss would sum their gradients in bfloat16.
         return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
     return contextlib.nullcontext()
 
@@ -416,14 +418,18 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; --help lists all options")
 
 
-def exit_with(error):
-    """End the program after a user error: one line, exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-    sys.exit(2)
+@contextlib.contextmanager
+def exits_on_input_error():
+    """Decorates a main function: it ends a user error with one line and exit code 2."""
+    try:
+        yield
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
-def run_command(argv):
-    """Do what the command line asks for. Raises InputError."""
+@exits_on_input_error()
+def main(argv=None):
     parser = Parser("eval.py", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--out_dir", type=Path, default=Path("out"), help="a run of train.py [out]")
@@ -436,7 +442,7 @@ def run_command(argv):
     add("--max_tokens", type=int, default=200, help="for --prompt: write at most this many [200]")
     add("--temperature", type=float, default=0.7, help="for --prompt; 0: the likeliest token [0.7]")
     add("--seed", type=int, default=0, help="for --prompt [0]")
-    add("--device", default="", help="auto, cuda, mps or cpu [as in training]")
+    add("--device", default="", help="auto, cuda, mps or cpu [the run's own option]")
     c = parser.parse_args(argv)
     # Written this way because a NaN compares as false.
     if not c.temperature >= 0:
@@ -457,13 +463,6 @@ def run_command(argv):
             results = evaluate(run, run.split(c.split), c.split)
         data.write_json(c.out_dir / "eval.json", results)
         print(table(results))
-
-
-def main(argv=None):
-    try:
-        run_command(argv)
-    except InputError as error:
-        exit_with(error)
 
 
 if __name__ == "__main__":

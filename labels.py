@@ -2,9 +2,9 @@
 
 A sentence's vector is the mean of its token embeddings in the GPT of stage lm, weighted by
 a / (a + p(token)), which tones down frequent tokens. The mean of all training sentences is
-subtracted and the length made 1. Source: SIF, Arora, Liang and Ma, "A Simple but Tough-to-Beat
-Baseline for Sentence Embeddings", ICLR 2017, which removes a principal component instead of the
-mean. NOTE(paper): the paper's vectors are those of a pretrained sentence encoder.
+subtracted and the result scaled to unit length. Source: SIF, Arora, Liang and Ma, "A Simple but
+Tough-to-Beat Baseline for Sentence Embeddings", ICLR 2017, which removes a principal component
+instead of the mean. NOTE(paper): the paper's vectors are those of a pretrained sentence encoder.
 """
 
 import itertools
@@ -40,7 +40,6 @@ class Labeler(nn.Module):
         self.register_buffer("mean", torch.zeros(n_vector))
         self.register_buffer("centroids", torch.zeros(n_labels, n_vector))
 
-    @torch.no_grad()
     def fit_vectors(self, token_emb, corpus):
         """Set table and mean from token embeddings (V or more, E) and the training split."""
         V = len(self.table)
@@ -51,7 +50,6 @@ class Labeler(nn.Module):
         means = torch.cat(list(self._weighted_means(corpus)))           # (n, E)
         self.mean = means.mean(0)                                       # (E,)
 
-    @torch.no_grad()
     def label(self, corpus):
         """Set the vectors and labels of a corpus's finished sentences, and return it."""
         corpus.vectors = self.embed(corpus)
@@ -59,7 +57,6 @@ class Labeler(nn.Module):
         corpus.labels = labels.cpu().numpy()
         return corpus
 
-    @torch.no_grad()
     def embed(self, corpus):
         """Vectors (n, E) of a corpus's finished sentences: unit length, half precision."""
         parts = []
@@ -69,7 +66,7 @@ class Labeler(nn.Module):
         return torch.cat(parts).numpy()
 
     def _weighted_means(self, corpus):
-        """Yield weighted means of token embeddings (n, E) for some thousand sentences at a time."""
+        """Yield weighted means of token embeddings (n, E), a few thousand sentences at a time."""
         device = self.table.device
         for i in range(0, corpus.n_sentences, CHUNK):
             starts = corpus.sentences[i : i + CHUNK + 1]

@@ -1,15 +1,15 @@
 """The GPT, and `mix_labels`, the function that this project is about.
 
-Shapes, here and everywhere: B batch, T tokens, S sentences, K labels, C model width,
-E sentence-vector width, V vocabulary, H heads, D head width.
+Shapes, here and everywhere: B batch, T tokens, S sentences, P slots of the planner, K labels,
+C model width, E sentence-vector width, V vocabulary, H heads, D head width.
 
 How this GPT differs from GPT-2:
 - Every block can be conditioned on a plan: a linear map of the sentence's plan vector, which starts
   at zero, is added to the attention output before the output projection.
 - Rotary positions; no biases except in the norms; no dropout.
 - The token embeddings are normalised before the first block, and not tied to the output matrix.
-- Each position adds a learned share of the embedding before it, channel by channel: the token shift
-  of RWKV, Peng et al., arXiv 2305.13048.
+- Each position adds a learned multiple of the previous embedding, channel by channel, after the
+  token shift of RWKV, Peng et al., arXiv 2305.13048.
 """
 
 import math
@@ -53,7 +53,7 @@ def mix_labels(
     Source: "End-to-end Planner Training for Language Modeling", arXiv 2410.12492.
     """
     K = label_emb.shape[0]
-    # Mix in float32 even under autocast: in bfloat16 the noise of `gumbel` could be infinite.
+    # Weights in float32 even under autocast: in bfloat16 the noise of `gumbel` could be infinite.
     label_logits = label_logits.to(label_emb.dtype)
     probs = label_logits.softmax(-1)                                    # (B, S, K)
     likeliest = one_hot(label_logits.argmax(-1), K)                     # (B, S, K)
@@ -94,7 +94,9 @@ def one_hot(index, K):
 
 
 def attend(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(D)) v for q, k, v (B, H, T, D): causal, or by a mask (B, 1, T, T)."""
+    """softmax(q k^T / sqrt(D)) v for q, k, v (B, H, T, D): causal unless there is a mask
+    (B, 1, T, T).
+    """
     T = k.shape[2]
     if q.device.type != "cpu" or T > 512:
         return F.scaled_dot_product_attention(
@@ -127,7 +129,7 @@ def rotary_table(T, D, dtype=torch.float32):
 def rotate(x, rotary):
     """Turn each position of x (B, H, T, D) by its own angles, given as (2, T, D).
 
-    The product of a query and a key then depends on the distance between them alone.
+    Positions then enter the product of a query and a key only through their distance.
     """
     cos, sin = rotary.to(x.dtype)
     return x * cos + x.roll(x.shape[3] // 2, -1) * sin
@@ -189,7 +191,10 @@ def init_weights(module, n_layer, seed):
 
 
 class GPT(nn.Module):
-    """A small GPT. With n_labels > 0 it can be given a plan. n_embd is a multiple of 2 n_head."""
+    """A small GPT. With n_labels > 0 it can be given a plan.
+
+    n_embd must be a multiple of 2 n_head.
+    """
 
     def __init__(
         self, vocab_size, block_size, n_layer, n_head, n_embd, n_labels=0, seed=0

@@ -61,11 +61,7 @@ class Planner(nn.Module):
 
 
 def label_loss(label_logits, labels):
-    """Cross-entropy in nats of logits (B, P, K) against labels (B, S) of the last S of the P slots.
-
-    A label of -1 does not count.
-    """
-    label_logits = label_logits[:, -labels.shape[1] :]
+    """Cross-entropy in nats of logits (B, S, K) against labels (B, S); -1 does not count."""
     return F.cross_entropy(
         label_logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-1
     )
@@ -85,7 +81,7 @@ class PlannedGPT(nn.Module):
         self.reach = reach
         self.view_tokens = view_tokens
         if self.planner is not None and plan not in END_TO_END:
-            # No optimizer trains it, and several processes would wait for its gradients.
+            # No optimizer trains it, and DDP would wait for its gradients.
             self.planner.requires_grad_(False)
 
     def batch(self, corpus, starts):
@@ -128,7 +124,7 @@ def build_model(config, plan, vocab_size):
     c = config
     n_labels = 0 if plan == "none" else c.n_labels
     gpt = GPT(vocab_size, c.block_size, c.n_layer, c.n_head, c.n_embd, n_labels, c.seed)
-    # Enough for a window with the sentences before it, and for the runs of stage planner.
+    # Enough for a window with the sentences before it, and for the spans of stage planner.
     n_slots = c.block_size + 2 * c.planner_reach + 16
     # Sentence vectors are means of token embeddings, so E = C.
     planner = Planner(

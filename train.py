@@ -29,20 +29,20 @@ from tqdm import tqdm
 import data
 import labels
 from data import InputError
-from eval import (Parser, choose_autocast, choose_device, evaluate, exit_with, load_run,
-                  score, summary, table, versions)
+from eval import (Parser, choose_autocast, choose_device, evaluate, exits_on_input_error, load_run,
+                  score, summary, table)
 from model import END_TO_END, PLANS
 from planner import build_model, label_loss
 
 
 ALL_PLANS = ",".join(PLANS)
-# Runs of sentences in a micro-batch of stage planner. Each is twice planner_reach long, so half of
-# its sentences have a full reach before them.
-RUNS = 32
+# Spans of sentences in a micro-batch of stage planner. Each is twice planner_reach long if the text
+# is long enough, so half of its sentences have a full reach before them.
+SPANS = 32
 
 
 def opt(default, text, least=1, choices=None):
-    """An option: its default, its help text, the least number or the values that it can be."""
+    """An option: its default, its help text, its minimum, its choices."""
     return field(default=default, metadata={"help": text, "least": least, "choices": choices})
 
 
@@ -75,7 +75,7 @@ class Config:
     planner_reach: int = opt(16, "sentences before the window that the planner reads")
     planner_view: str = opt("document", "document: the planner reads what precedes a sentence in "
                             "its document; equal: only what lies wholly in the block_size tokens "
-                            "before the sentence, by one planner_layer",
+                            "before the sentence; needs planner_layer=1",
                             choices=("document", "equal"))
     # Training.
     batch_size: int = opt(32, "windows in a micro-batch")
@@ -126,7 +126,7 @@ PRESETS = {
     "tiny": dict(
         vocab_size=512, n_layer=1, n_head=2, n_embd=32, block_size=32, n_labels=8, planner_embd=32,
         batch_size=8, lm_steps=20, planner_steps=20, joint_steps=20, eval_tokens=2048),
-    # 124 M parameters, 0.5 M tokens a step.
+    # The blocks of GPT-2, 0.5 M tokens a step.
     "gpu": dict(
         tokenizer="gpt2", n_layer=12, n_head=12, n_embd=768, block_size=1024, n_labels=1024,
         planner_embd=768, planner_layer=4, planner_reach=128, grad_accum=16,
@@ -150,10 +150,10 @@ def train(c):
     s = set_up(c)
     with s.bar:
         vocab_size = s.store.tokenizer.n_vocab
-        gpt = build_model(c, "none", vocab_size)
-        fit(c, s, "lm", gpt, c.lm_steps, [(gpt, c.muon_lr, c.lm_lr)])
+        lm = build_model(c, "none", vocab_size)
+        fit(c, s, "lm", lm, c.lm_steps, [(lm, c.muon_lr, c.lm_lr)])
 
-        make_labels(c, s, gpt)
+        make_labels(c, s, lm)
         if s.world > 1:
             # The other processes read what the first one made.
             dist.barrier()
@@ -164,7 +164,7 @@ def train(c):
         # All plans start from the same GPT, the same label embeddings and the same planner. E = C,
         # so a centroid can be a label embedding.
         base = build_model(c, "soft", vocab_size)
-        base.load_state_dict(base.state_dict() | gpt.state_dict())
+        base.load_state_dict(base.state_dict() | lm.state_dict())
         base.gpt.label_emb.data.copy_(run.labeler.centroids)
         fit(c, s, "planner", base, c.planner_steps, [(base.planner, c.muon_lr, c.planner_lr)])
 
@@ -176,7 +176,7 @@ def train(c):
             # Muon's rate falls with AdamW's, or the stage would begin by unlearning.
             parts = [(model.gpt, c.muon_lr * c.joint_lr / c.lm_lr, c.joint_lr)]
             if plan in END_TO_END:
-                # By AdamW: the planner should change slowly, and Muon's steps do not shrink with
+                # AdamW only: the planner should change slowly, and Muon's steps do not shrink with
                 # the gradient.
                 parts.append((model.planner, 0.0, c.joint_planner_lr))
             fit(c, s, f"joint_{plan}", model, c.joint_steps, parts)
@@ -193,7 +193,7 @@ def train(c):
         dist.destroy_process_group()
 
 
-def make_labels(c, s, gpt):
+def make_labels(c, s, lm):
     """Stage labels: sentence vectors and k-means, fitted on the training split alone."""
     finished = s.out / "labels.pt"
     if s.rank > 0 or finished.exists():
@@ -201,7 +201,7 @@ def make_labels(c, s, gpt):
     started = time.perf_counter()
     s.bar.set_description("labels")
     labeler = labels.Labeler(s.store.tokenizer.n_vocab, c.n_embd, c.n_labels)
-    labeler.fit_vectors(gpt.gpt.wte.weight.detach().cpu(), s.train)
+    labeler.fit_vectors(lm.gpt.wte.weight.detach().cpu(), s.train)
     vectors = labeler.embed(s.train)                                        # (n, E)
     device = "cuda" if s.device.type == "cuda" else "cpu"
     centroids, _, _ = labels.kmeans(vectors, c.n_labels, c.seed, device=device)
@@ -217,14 +217,14 @@ def make_labels(c, s, gpt):
 
 # --- the loop -------------------------------------------------------------------------------------
 def fit(c, s, name, model, steps, parts):
-    """Train a stage, or what is left of it, and leave out/NAME.pt.
+    """Train a stage, or what is left of it, and write NAME.pt to out_dir.
 
     parts: [(module to train, Muon's peak learning rate, AdamW's)]. Raises InputError if a gradient
     is not finite.
     """
     stage = name.split("_")[0]
     stage_number = list(STAGE_OPTIONS).index(stage)
-    # Move the whole model, also what is not trained in this stage.
+    # Move the whole model, including what this stage does not train.
     model.to(s.device)
     finished = s.out / f"{name}.pt"
     if finished.exists():
@@ -257,7 +257,7 @@ def fit(c, s, name, model, steps, parts):
         # 1. The learning rate rises over a twentieth of the steps, then falls along a cosine.
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * learning_rate(step, steps)
+                group["lr"] = group["peak_lr"] * lr_share(step, steps)
 
         # 2. Gradients, accumulated over the micro-batches of this step.
         loss = 0.0
@@ -314,8 +314,7 @@ def fit(c, s, name, model, steps, parts):
         s.bar.set_postfix(loss=figures["loss"])
         if save_now:
             scores = score(model, s.val, s.autocast, c.eval_tokens)
-            # Without the bytes of these tokens, its bits per byte mean nothing.
-            validation = summary(*scores, s.val, n_bytes=1)
+            validation = summary(*scores, s.val)
             figures["val_nll"] = validation["nll"]
             figures["val_label_nats"] = validation["planner_ce"]
         # After an interruption a step can appear twice: its last line counts.
@@ -340,8 +339,8 @@ def save(s, path, model, **more):
 def make_batch(c, s, model, stage, step, micro):
     """This process's micro-batch: a function of (seed, stage, step), so all plans see the same."""
     if stage == "planner":
-        # Runs of sentences give more labels in a batch than windows, at any block_size.
-        rows = RUNS
+        # Spans of sentences give more labels in a batch than windows, at any block_size.
+        rows = SPANS
         length = s.train.n_sentences
         width = min(2 * c.planner_reach, length // 2)
     else:
@@ -356,8 +355,8 @@ def make_batch(c, s, model, stage, step, micro):
     return model.batch(s.train, starts)
 
 
-def learning_rate(step, steps):
-    """Share of the peak: up along a line to 1, down along a cosine to 0.1."""
+def lr_share(step, steps):
+    """The share of the peak learning rate: linear warm-up to 1, cosine decay to 0.1."""
     warmup = max(1, steps // 20)
     if step < warmup:
         return (step + 1) / warmup
@@ -369,8 +368,8 @@ def learning_rate(step, steps):
 def make_optimizers(parts, weight_decay):
     """[Muon, AdamW] for [(module, Muon's peak learning rate, AdamW's)].
 
-    Muon trains the matrices of the blocks, unless its rate is 0; AdamW trains the rest. Matrices
-    decay, except label_emb; norms and single vectors don't.
+    Muon trains the matrices of the blocks but not the plan maps, and nothing if its rate is 0;
+    AdamW trains the rest. Matrices decay, except label_emb; norms and single vectors don't.
     """
     muon_groups = []
     adamw_groups = []
@@ -408,9 +407,8 @@ class Muon(torch.optim.Optimizer):
             for (M, N), matrices in by_shape.items():
                 grads = torch.stack([p.grad for p in matrices])             # (n, M, N)
                 state = self.state[matrices[0]]
-                if not state:
-                    state["momentum"] = torch.zeros_like(grads)
-                momentum = state["momentum"].lerp_(grads, 0.05)
+                momentum = state.setdefault("momentum", torch.zeros_like(grads))
+                momentum.lerp_(grads, 0.05)
                 # Nesterov momentum. Tall matrices move further, as in the source.
                 updates = orthogonalize(grads.lerp(momentum, 0.95))
                 updates *= max(1, M / N) ** 0.5
@@ -474,7 +472,7 @@ def set_up(c):
                          "train on: ask for fewer labels, or give more text")
     if rank == 0:
         data.make_folder(out)
-        config = asdict(c) | {"fingerprint": store.fingerprint, "versions": versions()}
+        config = asdict(c) | {"fingerprint": store.fingerprint}
         data.write_json(out / "config.json", config)
         data.save_tokenizer(out / "tokenizer.json", store.tokenizer)
         n_tokens = len(corpus.tokens)
@@ -485,7 +483,7 @@ def set_up(c):
         n_read = max(c.lm_steps, c.joint_steps) * c.grad_accum * c.batch_size * c.block_size
         if n_read > 20 * n_tokens:
             print(f"note: a stage will read its training text {n_read / n_tokens:.0f} times over; "
-                  "more text would serve it better (--data=PATH)")
+                  "more text would help (--data=PATH)")
     autocast = choose_autocast(c.dtype, device)
     n_steps = c.lm_steps + c.planner_steps + c.joint_steps * len(c.plans.split(","))
     bar = tqdm(total=n_steps, unit="step", disable=rank > 0)
@@ -522,12 +520,10 @@ def check_checkpoints(out, options):
         for path in out.glob(f"{stage}*.pt"):
             saved = data.read_checkpoint(path).get("options", {})
             for name in [*checked, "fingerprint of the text"]:
-                if name not in saved:
-                    raise InputError(f"{path} was made by another version, without the option "
-                                     f"{name}: use another --out_dir")
-                if saved[name] != options[name]:
+                made_with = saved.get(name, "another version of nanoplan")
+                if made_with != options[name]:
                     raise InputError(
-                        f"{name}={options[name]}, but {path} was made with {saved[name]}: use "
+                        f"{name}={options[name]}, but {path} was made with {made_with}: use "
                         "another --out_dir, or delete the files of that stage and of later ones "
                         "to train them again")
 
@@ -555,11 +551,10 @@ def parse_config(argv=None):
     return Config(**preset | given)
 
 
+@exits_on_input_error()
 def main(argv=None):
     try:
         train(parse_config(argv))
-    except InputError as error:
-        exit_with(error)
     except KeyboardInterrupt:
         print("train.py: interrupted; run the same command again to continue", file=sys.stderr)
         sys.exit(130)

@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data
-from data import Corpus, InputError
-from eval import Parser, evaluate, exit_with, generate, load_run, score
+from data import Corpus
+from eval import Parser, evaluate, exits_on_input_error, generate, load_run, score
 
 
 def write_report(run, split):
@@ -35,7 +35,7 @@ def report_data(run, split):
     examples = run.labeler.label(example_documents(corpus, run.tokenizer))
     labels, variance = label_map(run)
     options = vars(run.config) | {"data": Path(run.config.data).name}
-    for name in ("cache_dir", "out_dir", "versions"):
+    for name in ("cache_dir", "out_dir"):
         del options[name]
     return {
         "results": results,
@@ -81,7 +81,7 @@ def scored(run, corpus, plans):
         nll[plan] = token_nll.round(4).tolist()                             # (N-1,)
         if label_log_probs is not None:
             # A stable sort takes the same one of two equal labels as argmax.
-            order = (-label_log_probs).argsort(1, kind="stable")[:, :3]     # (n+1, 3)
+            order = (-label_log_probs).argsort(1, kind="stable")[:, :3]     # (n, 3)
             log_probs = np.take_along_axis(label_log_probs, order, 1)
             top[plan] = order.tolist()
             prob[plan] = np.nan_to_num(np.exp(log_probs)).tolist()
@@ -163,18 +163,16 @@ def read_curves(path, limit=200):
     return curves
 
 
+@exits_on_input_error()
 def main(argv=None):
     parser = Parser("report.py", description=__doc__)
     add = parser.add_argument
     add("--out_dir", type=Path, default=Path("out"), help="a run of train.py [out]")
     add("--split", choices=data.SPLITS, default="val", help="what to show [val]")
-    add("--device", default="", help="auto, cuda, mps or cpu [as in training]")
-    try:
-        arguments = parser.parse_args(argv)
-        run = load_run(arguments.out_dir, arguments.device)
-        path = write_report(run, arguments.split)
-    except InputError as error:
-        exit_with(error)
+    add("--device", default="", help="auto, cuda, mps or cpu [the run's own option]")
+    arguments = parser.parse_args(argv)
+    run = load_run(arguments.out_dir, arguments.device)
+    path = write_report(run, arguments.split)
     print(f"wrote {path}")
 
 

@@ -180,7 +180,8 @@ def measure(out, part):
             nll, label_log_probs = score(model, corpus, run.autocast, stride=stride)
             sums[share] = np.bincount(document, nll).round(2).tolist()
             if share == 1/2:
-                entry = summary(nll, label_log_probs, corpus, n_bytes)
+                entry = summary(nll, label_log_probs, corpus)
+                entry["bits_per_byte"] = float(nll.sum()) / math.log(2) / n_bytes
                 entry |= places(run, corpus, nll)
                 if plan == "soft_frozen":
                     entry |= explained(run, corpus, label_log_probs)
@@ -213,8 +214,9 @@ def places(run, corpus, nll):
 def explained(run, corpus, label_log_probs):
     """The share of the variance of the next sentence's vector that each kind of plan explains."""
     centroids = run.labeler.centroids.cpu().numpy()
-    predicted = ~np.isnan(label_log_probs[:-1, 0])
-    probs = np.exp(label_log_probs[:-1][predicted])                         # (m, K)
+    log_probs = label_log_probs[:corpus.n_sentences]                        # (n, K)
+    predicted = ~np.isnan(log_probs[:, 0])
+    probs = np.exp(log_probs[predicted])                                    # (m, K)
     vectors = corpus.vectors[predicted].astype(np.float32)                  # (m, E)
     guesses = {
         "likeliest": centroids[probs.argmax(1)],

@@ -175,7 +175,7 @@ class Training:
 
     def step(self):
         """One step: grad_accum micro-batches, then one update."""
-        share = train.learning_rate(self.n_done, self.n_steps)
+        share = train.lr_share(self.n_done, self.n_steps)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = share * group["peak_lr"]

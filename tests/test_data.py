@@ -269,8 +269,8 @@ def assert_slots(batch, row, sentences, reach, first):
         j = last + 1 + slot
         # A slot without a sentence may see nothing.
         opening = max(earliest, first[max(j, 0)])
-        vector = j + 1 if earliest <= j < 60 else 0
-        assert batch.vectors[row, slot] == vector
+        if earliest <= j < 60:
+            assert batch.vectors[row, slot] == j + 1
         assert batch.opening[row, slot] == P + opening - last - 1
         if slot >= -S:
             label = j if touched <= j < 60 else -1
@@ -292,7 +292,7 @@ def test_batches_hold_what_going_through_their_sentences_one_by_one_finds(view_t
         assert batch.targets[start].tolist() == [i if i < N else -1 for i in positions]
         sentences = [sum(corpus.sentences <= i) - 1 for i in positions]
         assert_slots(batch, start, sentences, reach, first)
-    # Stage planner trains on runs of sentences alone.
+    # Stage planner trains on spans of sentences alone.
     batch = data.sentence_batch(corpus, np.arange(49), 12, view_tokens)
     for start in range(49):
         assert_slots(batch, start, range(start, start + 12), 0, first)

@@ -308,7 +308,7 @@ def naive_score(model):
     """What `score` returns, one token at a time."""
     block_size = model.gpt.block_size
     nll = []
-    label_log_probs = np.full((len(CORPUS.sentences), K), np.nan)
+    label_log_probs = np.full((CORPUS.n_sentences + 1, K), np.nan)
     for t in range(N - 1):
         # The first window that has t, of those that advance by half their length.
         start = max(0, data.round_up(t + 1 - block_size, block_size // 2))
@@ -365,10 +365,10 @@ def test_the_planners_figures_are_those_of_its_log_probabilities():
     # No window scored the first token of sentence 0, and sentence 3 is not finished.
     log_probs = np.log([[np.nan] * 3, [0.2, 0.5, 0.3], [0.1, 0.7, 0.2], [0.6, 0.3, 0.1]])
     corpus = SimpleNamespace(n_sentences=3, labels=np.array([0, 1, 2]))
-    figures = summary(np.array([1.0, 4.0]), log_probs, corpus, n_bytes=7)
+    figures = summary(np.array([1.0, 4.0]), log_probs, corpus)
     assert figures["planner_ce"] == pytest.approx(-(np.log(0.5) + np.log(0.2)) / 2)
     assert figures["planner_acc"] == 0.5
-    assert figures["bits_per_byte"] == pytest.approx(5 / np.log(2) / 7)
+    assert figures["ppl"] == pytest.approx(np.exp(2.5))
 
 
 # --- generation -----------------------------------------------------------------------------------

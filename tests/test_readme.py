@@ -82,7 +82,7 @@ def test_the_programs_understand_the_commands(monkeypatch):
             train.parse_config(options)
         if script == "eval.py":
             with pytest.raises(TypeError, match="not callable"):
-                evaluation.run_command(options)
+                evaluation.main(options)
 
 
 def test_the_quotation_and_the_links_are_right():

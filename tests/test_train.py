@@ -130,7 +130,7 @@ def test_a_checkpoint_that_can_not_be_continued_is_named(options, trained, tmp_p
     # The version that made it lacked an option.
     del saved["options"]["muon_lr"]
     torch.save(saved, path)
-    assert f"{path} was made by another version" in refused(options, out, capsys)
+    assert f"{path} was made with another version" in refused(options, out, capsys)
     os.truncate(path, 1000)
     assert f"torch can't read {path}" in refused(options, out, capsys)
 
@@ -211,7 +211,7 @@ def test_each_tensor_has_its_optimizer_rate_and_decay(run, tmp_path, monkeypatch
     def keep(optimizer):
         for group in optimizer.param_groups:
             # The peak, from the rate of the last step.
-            peak = group["lr"] / train.learning_rate(5, 6)
+            peak = group["lr"] / train.lr_share(5, 6)
             for p in group["params"]:
                 found[p] = (type(optimizer), pytest.approx(peak), group["weight_decay"])
     act_before(monkeypatch, "train.fit", begin)
@@ -219,7 +219,7 @@ def test_each_tensor_has_its_optimizer_rate_and_decay(run, tmp_path, monkeypatch
     act_before(monkeypatch, "torch.optim.AdamW.step", keep)
     run(tmp_path / "out")
 
-    assert [train.learning_rate(step, 100) for step in (0, 4, 100)] == pytest.approx([0.2, 1, 0.1])
+    assert [train.lr_share(step, 100) for step in (0, 4, 100)] == pytest.approx([0.2, 1, 0.1])
     trains_planner = ["planner", *(f"joint_{plan}" for plan in END_TO_END)]
     for stage, model in models.items():
         kind = stage.split("_")[0]
@@ -282,7 +282,7 @@ def test_planner_view_holds_everywhere_and_stage_planner_has_runs_of_twice_the_r
     act_before(monkeypatch, "train.label_loss", count)
     run(tmp_path / "out", "--plans=soft", f"--planner_view={view}")
     assert len(found) > 12 and set(found) == {view_tokens}
-    assert n_labels == 6 * [train.RUNS * 2 * 4]
+    assert n_labels == 6 * [train.SPANS * 2 * 4]
 
 
 def test_a_step_must_have_as_many_micro_batches_for_each_process(
@@ -318,7 +318,7 @@ def test_two_processes_with_two_micro_batches_train_as_one_does_with_one(
     assert done.returncode == 0, done.stderr
     # Only process 0 prints.
     assert done.stdout.count("fingerprint") == 1
-    monkeypatch.setattr(train, "RUNS", 4 * train.RUNS)
+    monkeypatch.setattr(train, "SPANS", 4 * train.SPANS)
     alone = curves(run(tmp_path / "alone", "--plans=none,soft"))
     for key, figure in curves(out).items():
         assert figure == pytest.approx(alone[key], rel=1e-4), key
