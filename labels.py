@@ -59,11 +59,13 @@ class Labeler(nn.Module):
 
     def embed(self, corpus):
         """Vectors (n, E) of a corpus's finished sentences: unit length, half precision."""
-        parts = []
+        vectors = np.empty((corpus.n_sentences, len(self.mean)), np.float16)
+        done = 0
         for means in self._weighted_means(corpus):
             unit = F.normalize(means - self.mean, dim=1)
-            parts.append(unit.half().cpu())
-        return torch.cat(parts).numpy()
+            vectors[done : done + len(unit)] = unit.half().cpu()
+            done += len(unit)
+        return vectors
 
     def _weighted_means(self, corpus):
         """Yield weighted means of token embeddings (n, E), a few thousand sentences at a time."""

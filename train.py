@@ -202,11 +202,11 @@ def make_labels(c, s, lm):
     s.bar.set_description("labels")
     labeler = labels.Labeler(s.store.tokenizer.n_vocab, c.n_embd, c.n_labels)
     labeler.fit_vectors(lm.gpt.wte.weight.detach().cpu(), s.train)
-    vectors = labeler.embed(s.train)                                        # (n, E)
+    s.train.vectors = labeler.embed(s.train)                                # (n, E)
     device = "cuda" if s.device.type == "cuda" else "cpu"
-    centroids, _, _ = labels.kmeans(vectors, c.n_labels, c.seed, device=device)
+    centroids, clusters, _ = labels.kmeans(s.train.vectors, c.n_labels, c.seed, device=device)
     labeler.centroids = centroids.cpu()                                     # (K, E)
-    labeler.label(s.train)
+    s.train.labels = clusters.cpu().numpy()                                 # (n,)
     save(
         s, finished, labeler,
         bigram=labels.label_bigram(s.train, c.n_labels),

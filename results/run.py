@@ -334,12 +334,18 @@ def claims():
         lines.append(row(
             name,
             f"{mean_of(run, 'ppl'):.2f}",
-            "" if run == "claims::none" else change(run, "claims::none"),
+            "-" if run == "claims::none" else change(run, "claims::none"),
             f"{worth:.0f}",
             f"{mean_of(run, 'bits_per_byte'):.3f}",
-            f"{label_nats:.2f}" if label_nats else "",
+            f"{label_nats:.2f}" if label_nats else "-",
         ))
     return lines
+
+
+def title(run):
+    """What a table calls part:variant:plan."""
+    name, variant, plan = run.split(":")
+    return ", ".join(filter(None, [f"`{plan}`", variant, "" if name == "claims" else name]))
 
 
 def comparisons():
@@ -347,7 +353,7 @@ def comparisons():
     for run, other in COMPARISONS:
         # Those with `none` stand in other tables.
         if other != "claims::none":
-            lines.append(row(f"`{run}`", f"`{other}`", change(run, other)))
+            lines.append(row(title(run), title(other), change(run, other)))
     return lines
 
 
