@@ -396,7 +396,7 @@ def memory():
 
 def training():
     """The gain of `soft` as stages lm and joint get longer, and what plain training gains."""
-    lines = head("steps", "perplexity of `none`", "`soft`", "`soft`, equal view",
+    lines = head("stages lm and joint", "perplexity of `none`", "`soft`", "`soft`, equal view",
                  "`none`, as long as `soft`")
     for name in ("claims", "longer_4", "longer_16"):
         if not (ROOT / "results" / f"{name}.json").exists():
