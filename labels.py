@@ -44,7 +44,8 @@ class Labeler(nn.Module):
         """Set table and mean from token embeddings (V or more, E) and the training split."""
         V = len(self.table)
         counts = np.bincount(corpus.tokens, minlength=V)
-        p = torch.from_numpy(counts / len(corpus.tokens)).float()       # (V,)
+        shares = counts / len(corpus.tokens)
+        p = torch.from_numpy(shares).float()                            # (V,)
         weights = SIF_A / (SIF_A + p)
         self.table = token_emb[:V].float() * weights[:, None]           # (V, E)
         means = torch.cat(list(self._weighted_means(corpus)))           # (n, E)
@@ -59,7 +60,8 @@ class Labeler(nn.Module):
 
     def embed(self, corpus):
         """Vectors (n, E) of a corpus's finished sentences: unit length, half precision."""
-        vectors = np.empty((corpus.n_sentences, len(self.mean)), np.float16)
+        shape = (corpus.n_sentences, len(self.mean))
+        vectors = np.empty(shape, np.float16)                           # (n, E)
         done = 0
         for means in self._weighted_means(corpus):
             unit = F.normalize(means - self.mean, dim=1)
@@ -208,7 +210,8 @@ def describe(labeler, corpus, tokenizer):
     for j in sample:
         start, end = corpus.sentences[j : j + 2]
         tokens = corpus.tokens[start:end].tolist()
-        text = tokenizer.decode(tokens).replace(EOT, "")
+        text = tokenizer.decode(tokens)
+        text = text.replace(EOT, "")
         texts.append(" ".join(text.split()))
         # Words of three letters or more, but no identifiers such as fooBar or foo_bar.
         found = re.findall(r"\b[^\W\d_][^\W\d_A-Z]{2,}\b", text)
