@@ -51,8 +51,7 @@ def score(
 
     Returns the nll in nats (N-1,) and, for each sentence up to the last one scored, the planner's
     log probabilities of its label (n, K), before it begins: NaN if its first token is not scored,
-    None without a planner.
-    Leaves the model and the random state as they were.
+    None without a planner. Leaves the model and the random state as they were.
     """
     T = model.gpt.block_size
     N = min(len(corpus.tokens), max_tokens)
@@ -112,6 +111,11 @@ def summary(nll, label_log_probs, corpus):
     return figures
 
 
+def bits_per_byte(nll, n_bytes):
+    """The cost of a text of n_bytes in UTF-8, which does not depend on the tokenizer."""
+    return float(nll.sum()) / math.log(2) / n_bytes
+
+
 def count_bytes(corpus, tokenizer):
     """The number of bytes of a corpus's text in UTF-8."""
     is_text = corpus.tokens != tokenizer.eot_token
@@ -125,7 +129,7 @@ def evaluate(run, corpus, split):
     for plan in tqdm(run.plans(), "evaluate", leave=False):
         nll, label_log_probs = score(run.model(plan), corpus, run.autocast)
         plans[plan] = summary(nll, label_log_probs, corpus)
-        plans[plan]["bits_per_byte"] = float(nll.sum()) / math.log(2) / n_bytes
+        plans[plan]["bits_per_byte"] = bits_per_byte(nll, n_bytes)
     # What a label costs without a planner: by its frequency, and by the label before it.
     before = label_before(corpus, run.bigram.shape[1])
     return {

@@ -24,7 +24,7 @@ import numpy as np
 
 import data
 import train
-from eval import count_bytes, follow, load_run, score, summary, versions
+from eval import bits_per_byte, count_bytes, follow, load_run, score, summary, versions
 from labels import label_before
 from model import PLANS
 
@@ -181,7 +181,7 @@ def measure(out, part):
             sums[share] = np.bincount(document, nll).round(2).tolist()
             if share == 1/2:
                 entry = summary(nll, label_log_probs, corpus)
-                entry["bits_per_byte"] = float(nll.sum()) / math.log(2) / n_bytes
+                entry["bits_per_byte"] = bits_per_byte(nll, n_bytes)
                 entry |= places(run, corpus, nll)
                 if plan == "soft_frozen":
                     entry |= explained(run, corpus, label_log_probs)

@@ -273,7 +273,7 @@ def test_stage_joint_starts_from_earlier_stages(run, trained, tmp_path):
 
 
 @pytest.mark.parametrize("view, view_tokens", [("document", None), ("equal", 16)])
-def test_planner_view_holds_everywhere_and_stage_planner_has_runs_of_twice_the_reach(
+def test_planner_view_holds_everywhere_and_stage_planner_has_spans_of_twice_the_reach(
         view, view_tokens, run, tmp_path, monkeypatch):
     found = []
     n_labels = []
@@ -377,6 +377,8 @@ In a line {EOT} is text. {"A full stop. " * 30}"""
         assert raw.decode() == text.replace(f"{EOT}\n", EOT) + EOT
         nats = results["plans"][plan]["nll"] * results["tokens"]
         assert sum(line["nll"] for line in lines) == pytest.approx(nats)
+        bits = results["plans"][plan]["bits_per_byte"] * results["bytes"]
+        assert bits == pytest.approx(nats / math.log(2))
 
 
 # --- devices that CI does not have ----------------------------------------------------------------
